@@ -1,0 +1,38 @@
+"""Tiny datasets, made here: no test needs the network or a file that is not in the repository."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network fails at once
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def d4rl_arrays(n=600, state_dim=11, action_dim=3, seed=0):
+    """Random rows in D4RL's schema with Hopper's shapes, with terminals and timeouts that exclude each other."""
+    rng = np.random.default_rng(seed)
+    end = rng.random(n)
+    return {
+        "observations": rng.normal(size=(n, state_dim)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
+        "rewards": rng.normal(size=n).astype(np.float32),
+        "terminals": end < 0.02,
+        "timeouts": end > 0.98,
+    }
+
+
+def write_hdf5(path, arrays):
+    with h5py.File(path, "w") as file:
+        for key, x in arrays.items():
+            file[key] = x
+    return str(path)
+
+
+@pytest.fixture
+def hopper_file(tmp_path):
+    """Path of a D4RL file that fits Hopper."""
+    return write_hdf5(tmp_path / "hopper.hdf5", d4rl_arrays())
