@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import h5py
@@ -43,15 +43,15 @@ class Args:
     """a D4RL v2 name, a Minari id (namespace/name-v0), or a Gymnasium id together with --dataset-path"""
     dataset_path: str | None = None
     """your own HDF5 file in D4RL's schema; with a D4RL name it is read in place of the downloaded file"""
-    seed: int = 0
+    seed: Annotated[int, "[0, inf)"] = 0
     """seed of networks, batches, noise and evaluation episodes"""
     cuda: bool = True
     """train on the GPU if there is one"""
     torch_deterministic: bool = True
     """use deterministic kernels, so that one seed gives the same bits again on the same machine"""
-    eval_frequency: int | None = None
+    eval_frequency: Annotated[int | None, "[1, inf)"] = None
     """gradient steps between evaluations, each with a checkpoint (default: 20,000; AntMaze 50,000)"""
-    eval_episodes: int | None = None
+    eval_episodes: Annotated[int | None, "[1, inf)"] = None
     """whole episodes per evaluation (default: 10; AntMaze 100)"""
     resume: str | None = None
     """run folder to continue exactly where its checkpoint stands, with that run's arguments"""
@@ -65,32 +65,32 @@ class Args:
     """project of --track"""
     wandb_entity: str | None = None
     """team of --track"""
-    gradient_steps: int = 1_000_000
+    gradient_steps: Annotated[int, "[1, inf)"] = 1_000_000
     """number of iterations of the update"""
-    batch_size: int = 256
+    batch_size: Annotated[int, "[1, inf)"] = 256
     """transitions per gradient step"""
-    learning_rate: float = 3e-4
+    learning_rate: Annotated[float, "(0, inf)"] = 3e-4
     """Adam's step size for every network"""
-    gamma: float = 0.99
-    """discount factor, in [0, 1)"""
-    target_update_rate: float = 0.005
-    """Polyak rate of the target networks (xi), in (0, 1]"""
+    gamma: Annotated[float, "[0, 1)"] = 0.99
+    """discount factor"""
+    target_update_rate: Annotated[float, "(0, 1]"] = 0.005
+    """Polyak rate of the target networks (xi)"""
     # ---- end of common arguments ----
-    lam: float = 0.25
-    """mixture coefficient (lambda), in [0, 1]: weight of the mildly generalized maximum in the Bellman target"""
-    nu: float | None = None
-    """penalty coefficient (nu), >= 0 (default: 0.1; 10 if the dataset's name holds "expert"; AntMaze 0.5)"""
-    expectile: float | None = None
-    """expectile of the in-sample maximum (tau), in (0, 1) (default: 0.7; AntMaze 0.9)"""
-    inverse_temperature: float | None = None
-    """inverse temperature of the advantage weights (alpha), >= 0 (default: 3; AntMaze 10)"""
-    max_weight: float | None = None
-    """upper clip of the advantage weights, > 0 (default: 3; AntMaze 100)"""
-    policy_frequency: int = 2
+    lam: Annotated[float, "[0, 1]"] = 0.25
+    """mixture coefficient (lambda): weight of the mildly generalized maximum in the Bellman target"""
+    nu: Annotated[float | None, "[0, inf)"] = None
+    """penalty coefficient (nu) (default: 0.1; 10 if the dataset's name holds "expert"; AntMaze 0.5)"""
+    expectile: Annotated[float | None, "(0, 1)"] = None
+    """expectile of the in-sample maximum (tau) (default: 0.7; AntMaze 0.9)"""
+    inverse_temperature: Annotated[float | None, "[0, inf)"] = None
+    """inverse temperature of the advantage weights (alpha) (default: 3; AntMaze 10)"""
+    max_weight: Annotated[float | None, "(0, inf)"] = None
+    """upper clip of the advantage weights (default: 3; AntMaze 100)"""
+    policy_frequency: Annotated[int, "[1, inf)"] = 2
     """critic updates per update of actor and targets"""
-    policy_noise: float = 0.2
+    policy_noise: Annotated[float, "[0, inf)"] = 0.2
     """standard deviation of the target policy's smoothing noise, in units of the action range [-1, 1]"""
-    noise_clip: float = 0.5
+    noise_clip: Annotated[float, "[0, inf)"] = 0.5
     """clip of the smoothing noise, same unit"""
 
     @property
@@ -177,8 +177,8 @@ def minimise(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 def actor_learning_rate(step: int, args: Args) -> float:
     """Cosine from learning_rate to 0 over all actor updates of the run, 0 after (Table 5); step counts from 1."""
-    updates_done = step // args.policy_frequency - 1
-    progress = min(updates_done / (args.gradient_steps // args.policy_frequency), 1.0)
+    updates_done, all_updates = step // args.policy_frequency - 1, max(args.gradient_steps // args.policy_frequency, 1)
+    progress = min(updates_done / all_updates, 1.0)
     return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -244,6 +244,8 @@ def explain(what: str, advice: str = "") -> Iterator[None]:
 
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+EXP_NAME = Path(__file__).stem
+EVAL_COLUMNS = ("step", "return_mean", "return_std", "normalized_score", "length_mean", "episodes", "wall_seconds")
 REFERENCES = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3)}
 D4RL_SHA256 = {  # from tensorflow_datasets' d4rl checksums
     "halfcheetah-random-v2": "25407aef85b5d16c0f36b4149341edb4acc6a9e88c1db529b2de19e7464874ba",
@@ -324,16 +326,12 @@ def open_minari(args: Args) -> minari.MinariDataset | None:
 
 def read_minari(dataset: minari.MinariDataset) -> tuple[Batch, np.ndarray, np.ndarray]:
     """As read_hdf5. Minari stores the observation after a timeout, so every row is kept."""
-
-    def flatten(space: gym.Space, x) -> np.ndarray:  # (T, state_dim), in the order of Gymnasium's FlattenObservation
-        if isinstance(space, gym.spaces.Dict):
-            return np.concatenate([flatten(sub, x[key]) for key, sub in space.spaces.items()], -1)
-        return np.asarray(x, np.float32).reshape(len(x), -1)
-
     name, episodes = dataset.spec.dataset_id, []
     with explain(f"cannot read the Minari dataset {name}"):
         for episode in dataset.iterate_episodes():
-            s, terminals = flatten(dataset.observation_space, episode.observations), episode.terminations
+            s, terminals = episode.observations, episode.terminations
+            if isinstance(s, dict):  # in the order of Gymnasium's FlattenObservation
+                s = np.concatenate([s[key].reshape(len(s[key]), -1) for key in dataset.observation_space], -1)
             require(len(s) == len(terminals) + 1, f"{name} lacks the last observation of an episode.")
             timeouts = ~terminals & (np.arange(len(terminals)) == len(terminals) - 1)
             episodes.append((s[:-1], episode.actions, episode.rewards, s[1:], terminals, timeouts))
@@ -503,7 +501,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 def new_run_folder(args: Args) -> Path:
     """runs/{env_id}__{exp_name}__{seed}__{time}, with args.json in it."""
-    now, name = int(time.time()), f"{args.env_id.replace('/', '-')}__{Path(__file__).stem}__{args.seed}"
+    now, name = int(time.time()), f"{args.env_id.replace('/', '-')}__{EXP_NAME}__{args.seed}"
     while (folder := Path("runs", f"{name}__{now}")).exists():
         now += 1  # another run began in the same second
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -517,8 +515,8 @@ def load_checkpoint(folder: str) -> dict:
     """What `train` saved in a run folder. Raises Stop."""
     with explain(f"cannot resume {folder}", "Give --resume a folder of runs/ that holds a checkpoint.pt."):
         checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        script, this = checkpoint["script"], Path(__file__).stem
-    require(script == this, f"{folder} was written by {script}.py: resume it with that script, not {this}.py.")
+        script = checkpoint["script"]
+    require(script == EXP_NAME, f"{folder} was written by {script}.py: resume it with that script, not {EXP_NAME}.py.")
     return checkpoint
 
 
@@ -533,8 +531,8 @@ def train(args: Args, checkpoint: dict | None = None, signals: Sequence[int] = (
     torch.manual_seed(args.seed)
     source = open_minari(args)
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, source)] * min(args.eval_episodes, 10))
-    action_dim, eval_seed = envs.single_action_space.shape[0], 1000 * (args.seed + 1)
-    agent = Agent(envs.single_observation_space.shape[0], action_dim, args, device)
+    (state_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    agent = Agent(state_dim, action_dim, args, device)
     generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
     step, evaluations, started = 0, [], time.time()
     if checkpoint:
@@ -542,26 +540,27 @@ def train(args: Args, checkpoint: dict | None = None, signals: Sequence[int] = (
         generator.set_state(checkpoint["generator"])
         step, evaluations, started = checkpoint["step"], checkpoint["evaluations"], started - checkpoint["seconds"]
 
+    def heed_signals() -> None:
+        if signals:
+            if not args.eval_only:
+                losses()  # a diverged agent must not replace the last good one
+                save()
+            raise Stop(f"stopped at step {step:,}", 128 + signals[0])
+
     @torch.no_grad()
     def act(observations: np.ndarray) -> np.ndarray:
-        require(not signals, f"stopped at step {step:,}", 128 + sum(signals))
+        heed_signals()
         s = torch.as_tensor(observations, dtype=torch.float32, device=device)
         return agent.actor((s - agent.mean) / agent.std).cpu().numpy()
 
-    def score() -> dict[str, float]:
-        returns, lengths = evaluate(act, envs, args.eval_episodes, eval_seed)
-        result = {"step": step, "episodic_return": returns.mean().item(), "return_std": returns.std().item()}
-        result |= {"normalized_score": normalized_score(args, source, returns).mean().item()}
-        result |= {"episodic_length": lengths.mean().item(), "episodes": len(returns), "seconds": time.time() - started}
-        tqdm.write(
-            "step {step:,}: return {episodic_return:.1f} +- {return_std:.1f}, score {normalized_score:.1f}".format(
-                **result
-            )
-        )
-        return result
+    def score_agent() -> list:
+        returns, lengths = evaluate(act, envs, args.eval_episodes, 1000 * (args.seed + 1))
+        mean, std, score = returns.mean().item(), returns.std().item(), normalized_score(args, source, returns).mean()
+        tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}, score {score:.1f}")
+        return [step, mean, std, score.item(), lengths.mean().item(), len(returns), time.time() - started]
 
     if args.eval_only:
-        score()
+        score_agent()
         return
     dataset, mean, std = load_dataset(args, source, envs.envs[0])
     if checkpoint:
@@ -572,78 +571,71 @@ def train(args: Args, checkpoint: dict | None = None, signals: Sequence[int] = (
     dataset = Batch(*(x.to(device) for x in dataset))
     folder = Path(args.resume) if args.resume else new_run_folder(args)
 
+    def losses() -> dict[str, float]:
+        values = {f"losses/{name}": value.item() for name, value in metrics.items()}
+        if not all(map(math.isfinite, values.values())):
+            writer.add_scalar("eval/diverged", 1, step)
+            raise Stop(f"diverged at step {step:,}: {values}; the last good checkpoint stays in {folder}", 3)
+        return values
+
     def save() -> None:
-        state = {"script": Path(__file__).stem, "args": dataclasses.asdict(args) | {"resume": None}, "step": step}
+        state = {"script": EXP_NAME, "args": dataclasses.asdict(args) | {"resume": None}, "step": step}
         state |= {"agent": agent.state_dict(), "generator": generator.get_state(), "transitions": len(dataset.rewards)}
         state |= {"evaluations": evaluations, "seconds": time.time() - started}
+        csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
-        if evaluations:
-            rows = [evaluations[0], *(row.values() for row in evaluations)]
-            write(
-                folder / "eval.csv", lambda path: path.write_text("".join(",".join(map(str, x)) + "\n" for x in rows))
-            )
+        write(folder / "eval.csv", lambda path: path.write_text(csv))
 
     def film() -> None:
         with explain("--capture-video needs moviepy and OpenGL (MUJOCO_GL=egl or osmesa)"):
-            env = gym.wrappers.RecordVideo(
-                make_env(args, source, "rgb_array"), str(folder / "videos"), name_prefix=f"step-{step}"
-            )
-            evaluate(act, gym.vector.SyncVectorEnv([lambda: env]), 1, eval_seed)
+            env = make_env(args, source, "rgb_array")
+            env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=f"step-{step}")
+            evaluate(act, gym.vector.SyncVectorEnv([lambda: env]), 1, 1000 * (args.seed + 1))
             env.close()
 
     if args.track:
         with explain("--track needs Weights & Biases (pip install wandb, wandb login)"):
             import wandb
 
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=folder.name,
-                config=vars(args),
-                sync_tensorboard=True,
-            )
-    writer = SummaryWriter(str(folder), purge_step=step + 1)  # hides what a killed run logged past its checkpoint
-    bar = tqdm(total=args.gradient_steps, initial=step, unit=" steps", mininterval=0.5)
-    metrics, last_step, last_time = {}, step, time.time()
-    lr = agent.actor_optimizer.param_groups[0]["lr"]
-    try:
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
+            wandb.init(**names, config=vars(args), sync_tensorboard=True)
+    metrics, lr, timed_step, timed = {}, agent.actor_optimizer.param_groups[0]["lr"], step, time.time()
+    # purge_step hides what a killed run logged past its checkpoint
+    with (
+        SummaryWriter(str(folder), purge_step=step + 1) as writer,
+        tqdm(total=args.gradient_steps, initial=step) as bar,
+    ):
         if not checkpoint:
             table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
             writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
             save()
-            if args.capture_video:
-                film()  # shows at once whether it can
+        if args.capture_video:
+            film()  # before any step: shows at once what it lacks
         while True:
-            due = step > 0 and (step % args.eval_frequency == 0 or step >= args.gradient_steps)
-            due = due and (not evaluations or evaluations[-1]["step"] < step)
-            logs = {}
+            finished, logs = step >= args.gradient_steps, {}
+            due = (finished or step % args.eval_frequency == 0) and step > (evaluations[-1][0] if evaluations else 0)
             if metrics and (due or step % 1000 == 0):
-                logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
-                if not np.isfinite(list(logs.values())).all():
-                    writer.add_scalar("eval/diverged", 1, step)
-                    raise Stop(f"diverged at step {step:,}: {logs}; the last good checkpoint stays in {folder}", 3)
-                logs |= {
-                    "charts/SPS": (step - last_step) / (time.time() - last_time),
-                    "charts/actor_learning_rate": lr.item(),
-                }
+                speed = (step - timed_step) / (time.time() - timed)
+                logs = losses() | {"charts/SPS": speed, "charts/actor_learning_rate": lr.item()}
                 logs |= {"dmg/lam": args.lam, "dmg/nu": args.nu}
             if due:
-                evaluations.append(score())
+                evaluations.append(score_agent())
+                _, mean, _, score, length, *_ = evaluations[-1]
+                logs |= {"eval/episodic_return": mean, "eval/normalized_score": score, "eval/episodic_length": length}
+                logs |= {"eval/success_rate": score} if args.antmaze else {}
+                bar.set_postfix(score=f"{score:.1f}")
+            for name, value in logs.items():
+                writer.add_scalar(name, value, step)
+            if due:
+                writer.flush()
                 save()
                 if args.capture_video:
                     film()
-                names = ("episodic_return", "normalized_score", "episodic_length")
-                logs |= {f"eval/{name}": evaluations[-1][name] for name in names}
-                if args.antmaze:
-                    logs["eval/success_rate"] = logs["eval/normalized_score"]
-                bar.set_postfix(score=f"{evaluations[-1]['normalized_score']:.1f}")
-            for name, value in logs.items():
-                writer.add_scalar(name, value, step)
             if logs:
-                last_step, last_time = step, time.time()
-            require(not signals, f"stopped at step {step:,}", 128 + sum(signals))
-            if step >= args.gradient_steps:
+                timed_step, timed = step, time.time()
+            if finished:
                 return
+            heed_signals()
 
             step += 1
             lr.fill_(actor_learning_rate(step, args))
@@ -652,13 +644,6 @@ def train(args: Args, checkpoint: dict | None = None, signals: Sequence[int] = (
             batch = Batch(*(x[index] for x in dataset))
             metrics |= update(agent, batch, noise, args, update_actor=step % args.policy_frequency == 0)
             bar.update()
-    except Stop as stop:
-        if stop.args[1] > 128:
-            save()
-        raise
-    finally:
-        bar.close()
-        writer.close()
 
 
 def resolve(args: Args) -> Args:
@@ -670,15 +655,17 @@ def resolve(args: Args) -> Args:
         defaults = {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0, "max_weight": 100.0}
         defaults |= {"eval_frequency": 50_000, "eval_episodes": 100}
     args = dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
-    counts = args.gradient_steps, args.batch_size, args.policy_frequency, args.eval_frequency, args.eval_episodes
-    require(min(counts) >= 1, "steps, batch size, frequencies and episodes must be 1 or more.")
-    require(0 <= args.lam <= 1 and 0 <= args.nu < math.inf, "--lam must lie in [0, 1] and --nu must be 0 or more.")
-    require(0 < args.expectile < 1 and 0 <= args.gamma < 1, "--expectile must lie in (0, 1) and --gamma in [0, 1).")
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        for span in getattr(hint, "__metadata__", ()):
+            x, (low, high) = getattr(args, name), map(float, span[1:-1].split(","))
+            inside = low <= x <= high and (x > low or span[0] == "[") and (x < high or span[-1] == "]")
+            require(inside, f"--{name.replace('_', '-')} {x} is outside {span}.")
     require(bool(args.resume) or not args.eval_only, "--eval-only scores a saved agent: add --resume runs/<name>.")
     return args
 
 
 def main() -> int:
+    """Train or resume by the command line; a Stop becomes its sentence on stderr and its exit code."""
     signals: list[int] = []
 
     def handle(number: int, _) -> None:

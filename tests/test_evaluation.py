@@ -1,0 +1,162 @@
+"""Evaluation: whole episodes from given seeds, each counted once, and the score made of their returns."""
+
+import itertools
+import tempfile
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+from minari.data_collector import EpisodeBuffer
+
+from dmg_offline import Args, evaluate, make_env, normalized_score, open_minari
+
+
+def vector(make, num_envs):
+    return gym.vector.SyncVectorEnv([make] * num_envs)
+
+
+# ---- evaluate ----
+def act(observations):
+    return np.clip(observations[:, 2:5], -1, 1)  # element by element: a batch of 1 and of 10 give the same bits
+
+
+def hopper():
+    return make_env(Args(env_id="Hopper-v4", dataset_path="own.hdf5"), None)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Return and length of each episode played by itself after reset(seed=100), reset(seed=101), ..."""
+    env, result = hopper(), []
+    for seed in range(100, 107):
+        observation, _ = env.reset(seed=seed)
+        rewards, over = [], False
+        while not over:
+            observation, reward, terminated, truncated, _ = env.step(act(observation[None])[0])
+            rewards.append(reward)
+            over = terminated or truncated
+        result.append((sum(rewards), len(rewards)))
+    assert len({length for _, length in result}) > 2 and max(length for _, length in result) < 1000
+    return np.array(result).T
+
+
+@pytest.mark.parametrize("num_envs, episodes", [(1, 3), (3, 3), (3, 7), (5, 2)])
+def test_episodes_are_those_played_alone(alone, num_envs, episodes):
+    envs = vector(hopper, num_envs)
+    for _ in range(2):  # what an evaluation leaves behind does not touch the next
+        returns, lengths = evaluate(act, envs, episodes, 100)
+        np.testing.assert_array_equal(returns, alone[0, :episodes])
+        np.testing.assert_array_equal(lengths, alone[1, :episodes])
+
+
+class SeedEnv(gym.Env):
+    """An episode from reset(seed) has seed % 17 + 1 steps of reward 1; all that follows it pays 1000."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        self.t, self.length, self.reward = 0, (3 if seed is None else seed % 17 + 1), 1000 if seed is None else 1
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        over = self.t == self.length
+        return np.zeros(1, np.float32), self.reward, over and self.length % 2 == 0, over and self.length % 2 == 1, {}
+
+
+@pytest.mark.parametrize("num_envs, episodes", itertools.product([1, 2, 10], [1, 9, 10, 34, 100]))
+def test_long_episodes_count_as_much_as_short_ones(num_envs, episodes):
+    returns, lengths = evaluate(lambda s: np.zeros((len(s), 1)), vector(SeedEnv, num_envs), episodes, 5)
+    expected = (5 + np.arange(episodes)) % 17 + 1
+    np.testing.assert_array_equal(returns, expected)
+    np.testing.assert_array_equal(lengths, expected)
+
+
+def test_the_agent_sees_observations_and_nothing_of_finished_episodes_counts():
+    calls = []
+
+    def record(observations):
+        calls.append(observations.copy())
+        return act(observations)
+
+    _, lengths = evaluate(record, vector(hopper, 2), 2, 100)
+    assert len(calls) == lengths.max()
+    env = hopper()
+    np.testing.assert_array_equal(calls[0], [env.reset(seed=seed)[0] for seed in (100, 101)])
+
+
+class GoalUnderAnt(gym.Wrapper):
+    """The ant starts on its goal if the seed is even, else far from it; the episode is cut after 5 steps."""
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = self.env.reset(seed=seed, options=options)
+        if seed is not None:
+            self.unwrapped.goal = self.unwrapped.data.qpos[:2] + (0 if seed % 2 == 0 else 10)
+        return observation, info
+
+
+def test_a_success_counts_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # Gymnasium-Robotics leaves its XML there
+    args = Args(env_id="AntMaze_UMaze-v5", dataset_path="own.hdf5")
+    envs = vector(lambda: gym.wrappers.TimeLimit(GoalUnderAnt(make_env(args, None)), 5), 2)
+    returns, lengths = evaluate(lambda s: np.zeros((len(s), 8), np.float32), envs, 5, 0)
+    np.testing.assert_array_equal(returns, [1, 0, 1, 0, 1])
+    np.testing.assert_array_equal(lengths, [1, 5, 1, 5, 1])
+    np.testing.assert_array_equal(normalized_score(args, None, returns), [100, 0, 100, 0, 100])
+
+
+# ---- normalized_score ----
+@pytest.mark.parametrize(
+    "env_id, raw, score",
+    [
+        ("halfcheetah-medium-v2", 5927.4105235, 50),
+        ("halfcheetah-random-v2", -280.178953, 0),
+        ("hopper-medium-replay-v2", 3234.3, 100),
+        ("hopper-expert-v2", 1607.0138475, 50),
+        ("walker2d-medium-expert-v2", 2296.964504, 50),
+        ("walker2d-medium-v2", -4589.041984, -100),
+        ("HalfCheetah-v5", 12135.0, 100),
+        ("Hopper-v4", -20.272305, 0),
+        ("Walker2d-v5", 6887.635496, 150),
+        ("antmaze-umaze-v2", 1, 100),
+        ("antmaze-large-diverse-v2", 0, 0),
+        ("AntMaze_Large-v5", 1, 100),
+        ("Pendulum-v1", -123.5, -123.5),
+        ("Ant-v5", 4000, 4000),
+    ],
+)
+def test_normalized_score(env_id, raw, score):
+    found = normalized_score(Args(env_id=env_id, dataset_path="own.hdf5"), None, np.array([raw, raw]))
+    np.testing.assert_allclose(found, [score, score], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*is set to None")  # Minari asks for an author and the like
+@pytest.mark.parametrize(
+    "dataset_id, env_id, references, raw, score",
+    [
+        ("test/pendulum-v0", "Pendulum-v1", {"ref_min_score": -1000, "ref_max_score": -200}, -400, 75),
+        ("test/pendulum-v0", "Pendulum-v1", {}, -400, -400),
+        ("test/hopper-v0", "Hopper-v5", {"ref_min_score": 10, "ref_max_score": 110}, 35, 25),  # its own, not D4RL's
+        ("test/robot-v0", "Hopper-v5", {}, 1607.0138475, 50),
+        ("test/antmaze-v0", "AntMaze_UMaze-v5", {"ref_min_score": 0.2, "ref_max_score": 0.7}, 1, 100),
+    ],
+)
+def test_normalized_score_of_a_minari_dataset(dataset_id, env_id, references, raw, score, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    import gymnasium_robotics  # noqa: F401
+
+    env = gym.make(env_id)
+    zero = np.zeros(env.action_space.shape, env.action_space.dtype)
+    observations = [env.reset(seed=0)[0], env.step(zero)[0]]
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        observations = {key: np.array([x[key] for x in observations]) for key in observations[0]}
+    episode = EpisodeBuffer(
+        observations=observations, actions=zero[None], rewards=[0.0], terminations=[False], truncations=[True]
+    )
+    minari.create_dataset_from_buffers(dataset_id, [episode], env=env_id, **references)
+    args = Args(env_id=dataset_id)
+    found = normalized_score(args, open_minari(args), np.array([raw, raw]))
+    np.testing.assert_allclose(found, [score, score], rtol=1e-9)

@@ -1,0 +1,48 @@
+"""Losses, weights and schedule against numbers worked out outside this project (numpy, float64)."""
+
+import math
+
+import pytest
+import torch
+
+from dmg_offline import Args, actor_learning_rate, in_sample_value_loss
+
+Q = torch.tensor([-2, -0.5, 0, 1, 20], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "expectile, loss, gradient",
+    [
+        (0.7, 54.7624, [0.276, 0.096, 0.036, -0.196, -5.516]),
+        (0.9, 70.0648, [0.092, 0.032, 0.012, -0.252, -7.092]),
+    ],
+)
+def test_expectile_loss_and_its_gradient_with_respect_to_v(expectile, loss, gradient):
+    v = torch.full_like(Q, 0.3, requires_grad=True)
+    found = in_sample_value_loss(Q - v, Args(expectile=expectile))
+    assert found.item() == pytest.approx(loss, abs=1e-10)
+    torch.testing.assert_close(torch.autograd.grad(found, v)[0], torch.tensor(gradient, dtype=torch.float64))
+
+
+def test_expectile_loss_is_smallest_at_the_expectile():
+    args = Args(expectile=0.9)
+    v = torch.linspace(-2, 20, 22001, dtype=torch.float64)
+    best = v[torch.stack([in_sample_value_loss(Q - x, args) for x in v]).argmin()]
+    above, below = (Q - best).clamp(min=0).sum(), (best - Q).clamp(min=0).sum()
+    assert (0.9 * above).item() == pytest.approx((0.1 * below).item(), abs=1e-2)  # first-order condition
+
+
+def test_actor_learning_rate_is_a_cosine_over_all_actor_updates_and_then_zero():
+    args = Args(gradient_steps=1000, policy_frequency=2, learning_rate=3e-4)
+    assert actor_learning_rate(2, args) == 3e-4  # the first actor update
+    assert actor_learning_rate(2 + 500, args) == pytest.approx(1.5e-4)
+    assert actor_learning_rate(2 + 250, args) == pytest.approx(3e-4 * (1 + math.cos(math.pi / 4)) / 2)
+    assert 0 < actor_learning_rate(1000, args) < 1e-8  # the last one
+    assert actor_learning_rate(1002, args) == actor_learning_rate(1500, args) == actor_learning_rate(2002, args) == 0
+
+
+def test_actor_learning_rate_counts_actor_updates_not_steps():
+    every, third = Args(gradient_steps=300, policy_frequency=1), Args(gradient_steps=900, policy_frequency=3)
+    assert [actor_learning_rate(3 * k, third) for k in (1, 77, 300)] == [
+        actor_learning_rate(k, every) for k in (1, 77, 300)
+    ]
