@@ -18,8 +18,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_type_hints
 
@@ -153,13 +154,7 @@ class Agent(nn.Module):
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=True)
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=args.learning_rate, fused=True)
-
-    def get_extra_state(self) -> list[dict]:  # the optimisers' part of state_dict()
-        return [x.state_dict() for x in (self.actor_optimizer, self.critic_optimizer, self.value_optimizer)]
-
-    def set_extra_state(self, states: list[dict]) -> None:
-        for x, state in zip((self.actor_optimizer, self.critic_optimizer, self.value_optimizer), states, strict=True):
-            x.load_state_dict(state)
+        self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.value_optimizer)
 
 
 def in_sample_value_loss(u: torch.Tensor, args: Args) -> torch.Tensor:
@@ -239,8 +234,11 @@ def explain(what: str, advice: str = "") -> Iterator[None]:
     """Whatever a library raises over a file, a network or an environment becomes one sentence."""
     try:
         yield
+    except Stop:
+        raise
     except Exception as error:
-        raise error if isinstance(error, Stop) else Stop(f"{what}: {error}. {advice}", 2) from error
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise Stop(f"{what}: {reason}. {advice}".strip(), 2) from error
 
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
@@ -286,9 +284,8 @@ def download_d4rl(env_id: str) -> Path:
     with explain(f"cannot fetch {D4RL_URL + file} to {folder}", ways_on):
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                D4RL_URL + file, str(path), D4RL_SHA256[env_id]
-            )  # moved there if it is right
+            # under a temporary name until it is whole and its hash is right
+            torch.hub.download_url_to_file(D4RL_URL + file, str(path), D4RL_SHA256[env_id])
         with path.open("rb") as opened:
             right = hashlib.file_digest(opened, "sha256").hexdigest() == D4RL_SHA256[env_id]
     require(right, f"{path} is not D4RL's file, its sha256 differs: delete it to download it again. {ways_on}")
@@ -304,9 +301,11 @@ def read_hdf5(path: str | Path) -> tuple[Batch, np.ndarray, np.ndarray]:
     with explain(f"cannot read {path}", advice), h5py.File(path) as file:
         keys = ("observations", "actions", "rewards", "terminals", "timeouts")
         s, a, *columns = (file[key].astype(np.float32)[()] for key in keys)
-        r, terminals, timeouts = (x.reshape(len(s)) for x in columns)  # (N, 1) becomes (N,)
-    fits = s.ndim == a.ndim == 2 and len(s) == len(a) and np.isin([terminals, timeouts], (0, 1)).all()
-    require(fits, f"{path} has observations {s.shape}, actions {a.shape}, or flags other than 0 and 1. {advice}")
+    n, shapes = len(s), [x.shape for x in (s, a, *columns)]
+    fits = s.ndim == a.ndim == 2 and len(a) == n and all(x.shape in ((n,), (n, 1)) for x in columns)
+    require(fits, f"{path} has shapes {shapes}. {advice}")
+    r, terminals, timeouts = (x.reshape(n) for x in columns)
+    require(np.isin([terminals, timeouts], (0, 1)).all(), f"{path} has terminals or timeouts other than 0 and 1.")
     keep = (timeouts == 0) & (np.arange(len(s)) < len(s) - 1)
     return Batch(s, a, r, np.concatenate([s[1:], s[:1]]), terminals), timeouts == 1, keep
 
@@ -324,15 +323,20 @@ def open_minari(args: Args) -> minari.MinariDataset | None:
         return minari.load_dataset(name, download=True)
 
 
-def read_minari(dataset: minari.MinariDataset) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """As read_hdf5. Minari stores the observation after a timeout, so every row is kept."""
-    name, episodes = dataset.spec.dataset_id, []
-    with explain(f"cannot read the Minari dataset {name}"):
+def read_minari(dataset: minari.MinariDataset, space: gym.Space) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """As read_hdf5, observations flattened as FlattenObservation does; no row lacks its next observation."""
+
+    def flatten(space: gym.Space, x) -> np.ndarray:
+        parts = [flatten(sub, x[key]) for key, sub in space.items()] if isinstance(space, gym.spaces.Dict) else [x]
+        return np.concatenate([np.reshape(part, (len(part), -1)) for part in parts], -1)
+
+    episodes = []
+    with explain(f"cannot read {dataset.storage.data_path}", "Is the Minari dataset complete?"):
         for episode in dataset.iterate_episodes():
-            s, terminals = episode.observations, episode.terminations
-            if isinstance(s, dict):  # in the order of Gymnasium's FlattenObservation
-                s = np.concatenate([s[key].reshape(len(s[key]), -1) for key in dataset.observation_space], -1)
-            require(len(s) == len(terminals) + 1, f"{name} lacks the last observation of an episode.")
+            s, terminals = flatten(space, episode.observations), episode.terminations
+            require(
+                len(s) == len(terminals) + 1, f"{dataset.spec.dataset_id} lacks the last observation of an episode."
+            )
             timeouts = ~terminals & (np.arange(len(terminals)) == len(terminals) - 1)
             episodes.append((s[:-1], episode.actions, episode.rewards, s[1:], terminals, timeouts))
         *rows, timeouts = (np.concatenate(x, dtype=np.float32, casting="unsafe") for x in zip(*episodes, strict=True))
@@ -345,7 +349,10 @@ def load_dataset(args: Args, source: minari.MinariDataset | None, env: gym.Env) 
     AntMaze: reward 0 and terminal at the goal, -1 elsewhere, states as they are (App. C.1).
     """
     name, box = args.dataset_path or args.env_id, env.unwrapped.action_space
-    rows, timeouts, keep = read_minari(source) if source else read_hdf5(args.dataset_path or download_d4rl(name))
+    if source is not None:
+        rows, timeouts, keep = read_minari(source, env.unwrapped.observation_space)
+    else:
+        rows, timeouts, keep = read_hdf5(args.dataset_path or download_d4rl(name))
     require(keep.any(), f"{name} holds no transition.")
     for key, shape in (("observations", env.observation_space.shape), ("actions", box.shape)):
         found = getattr(rows, key).shape[1:]
@@ -353,7 +360,7 @@ def load_dataset(args: Args, source: minari.MinariDataset | None, env: gym.Env) 
     for key, x in rows._asdict().items():
         require(np.isfinite(x).all(), f"{name} has NaN, Inf or numbers beyond float32 in {key}: remove these rows.")
     s, a, r, next_s, terminals = (x[keep] for x in rows)
-    a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
+    a = ((a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)).astype(np.float32)
     require(np.abs(a).max() <= 1 + 1e-3, f"{name} has actions outside the environment's {box.low} to {box.high}.")
     mean, std, ends = np.zeros(s.shape[1]), np.ones(s.shape[1]), timeouts
     if args.antmaze:
@@ -439,11 +446,11 @@ class D4RLAntMaze(MujocoEnv):
 def make_env(args: Args, source: minari.MinariDataset | None, render_mode: str | None = None) -> gym.Env:
     """The evaluation environment of --env-id, with vector observations and actions in [-1, 1]. Raises Stop."""
     family, kind = args.env_id.split("-")[:2] if args.env_id in D4RL_SHA256 else ("", "")
-    options = {"render_mode": render_mode}
+    options = {"render_mode": render_mode} if render_mode else {}
     gym.logger.min_level = gym.logger.ERROR  # -v4 is out of date on purpose
     with explain(f"cannot make the environment of {args.env_id}"):
         if family == "antmaze":
-            env = gym.wrappers.TimeLimit(D4RLAntMaze(kind, render_mode), 700 if kind == "umaze" else 1000)
+            env = gym.wrappers.TimeLimit(D4RLAntMaze(kind, **options), 700 if kind == "umaze" else 1000)
         elif family:
             names = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}
             env = gym.make(names[family], **options)
@@ -453,7 +460,8 @@ def make_env(args: Args, source: minari.MinariDataset | None, render_mode: str |
                 import gymnasium_robotics  # noqa: F401  registers AntMaze
 
                 options["continuing_task"] = False  # the episode ends at the goal: a success counts once
-            env = source.recover_environment(eval_env=True, **options) if source else gym.make(args.env_id, **options)
+            recover = partial(gym.make, args.env_id) if source is None else partial(source.recover_environment, True)
+            env = recover(**options)
     box = env.action_space
     bounded = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()
     require(bounded, f"{args.env_id} has the action space {box}; a bounded vector (Box) is needed.")
@@ -486,7 +494,7 @@ def normalized_score(args: Args, source: minari.MinariDataset | None, returns: n
     """100 (R - random) / (expert - random), AntMaze: success in percent; without references, R itself."""
     if source is not None and source.storage.metadata.get("ref_max_score") is not None and not args.antmaze:
         return 100 * minari.get_normalized_score(source, returns)
-    robot = (source.env_spec.id if source else args.env_id).lower().split("-")[0]
+    robot = (args.env_id if source is None else source.env_spec.id).lower().split("-")[0]
     random, expert = (0, 1) if args.antmaze else REFERENCES.get(robot, (0, 100))
     return 100 * (returns - random) / (expert - random)
 
@@ -515,18 +523,19 @@ def load_checkpoint(folder: str) -> dict:
     """What `train` saved in a run folder. Raises Stop."""
     with explain(f"cannot resume {folder}", "Give --resume a folder of runs/ that holds a checkpoint.pt."):
         checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
+        script, checkpoint["args"] = checkpoint["script"], Args(**checkpoint["args"])
     require(script == EXP_NAME, f"{folder} was written by {script}.py: resume it with that script, not {EXP_NAME}.py.")
     return checkpoint
 
 
 # ---- end of data, environments, evaluation, run folder ----
-def train(args: Args, checkpoint: dict | None = None, signals: Sequence[int] = ()) -> None:
-    """Train, from `checkpoint` on if there is one, until done or until a signal number appears in `signals`.
+def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[], list[int]] = list) -> None:
+    """Train, from `checkpoint` on if there is one, until done or a signal number is in the list of catch_signals().
 
     Raises Stop: wrong input, divergence (the last good checkpoint stays), a signal (after a checkpoint).
     """
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.manual_seed(args.seed)
     source = open_minari(args)
@@ -534,17 +543,18 @@ def train(args: Args, checkpoint: dict | None = None, signals: Sequence[int] = (
     (state_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     agent = Agent(state_dim, action_dim, args, device)
     generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
-    step, evaluations, started = 0, [], time.time()
+    step, evaluations, started, eval_seed = 0, [], time.time(), 1000 * (args.seed + 1)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
+        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         generator.set_state(checkpoint["generator"])
         step, evaluations, started = checkpoint["step"], checkpoint["evaluations"], started - checkpoint["seconds"]
 
     def heed_signals() -> None:
         if signals:
-            if not args.eval_only:
-                losses()  # a diverged agent must not replace the last good one
-                save()
+            losses()  # a diverged agent must not replace the last good one
+            save()
             raise Stop(f"stopped at step {step:,}", 128 + signals[0])
 
     @torch.no_grad()
@@ -554,18 +564,19 @@ def train(args: Args, checkpoint: dict | None = None, signals: Sequence[int] = (
         return agent.actor((s - agent.mean) / agent.std).cpu().numpy()
 
     def score_agent() -> list:
-        returns, lengths = evaluate(act, envs, args.eval_episodes, 1000 * (args.seed + 1))
+        returns, lengths = evaluate(act, envs, args.eval_episodes, eval_seed)
         mean, std, score = returns.mean().item(), returns.std().item(), normalized_score(args, source, returns).mean()
         tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}, score {score:.1f}")
         return [step, mean, std, score.item(), lengths.mean().item(), len(returns), time.time() - started]
 
+    signals: list[int] = []
     if args.eval_only:
         score_agent()
         return
     dataset, mean, std = load_dataset(args, source, envs.envs[0])
-    if checkpoint:
-        same = np.array_equal(mean, agent.mean.cpu()) and len(dataset.rewards) == checkpoint["transitions"]
-        require(same, f"{args.dataset_path or args.env_id} is not the dataset that {args.resume} was trained on.")
+    signals = catch_signals()  # loading ends at once, training with a checkpoint
+    same = not checkpoint or np.array_equal(mean, agent.mean.cpu())
+    require(same, f"{args.dataset_path or args.env_id} is not the dataset that {args.resume} was trained on.")
     agent.mean.copy_(torch.from_numpy(mean))
     agent.std.copy_(torch.from_numpy(std))
     dataset = Batch(*(x.to(device) for x in dataset))
@@ -580,17 +591,19 @@ def train(args: Args, checkpoint: dict | None = None, signals: Sequence[int] = (
 
     def save() -> None:
         state = {"script": EXP_NAME, "args": dataclasses.asdict(args) | {"resume": None}, "step": step}
-        state |= {"agent": agent.state_dict(), "generator": generator.get_state(), "transitions": len(dataset.rewards)}
-        state |= {"evaluations": evaluations, "seconds": time.time() - started}
+        state |= {"agent": agent.state_dict(), "optimizers": [x.state_dict() for x in agent.optimizers]}
+        state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
         write(folder / "eval.csv", lambda path: path.write_text(csv))
 
     def film() -> None:
+        if not args.capture_video:
+            return
         with explain("--capture-video needs moviepy and OpenGL (MUJOCO_GL=egl or osmesa)"):
             env = make_env(args, source, "rgb_array")
             env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=f"step-{step}")
-            evaluate(act, gym.vector.SyncVectorEnv([lambda: env]), 1, 1000 * (args.seed + 1))
+            evaluate(act, gym.vector.SyncVectorEnv([lambda: env]), 1, eval_seed)
             env.close()
 
     if args.track:
@@ -601,16 +614,13 @@ def train(args: Args, checkpoint: dict | None = None, signals: Sequence[int] = (
             wandb.init(**names, config=vars(args), sync_tensorboard=True)
     metrics, lr, timed_step, timed = {}, agent.actor_optimizer.param_groups[0]["lr"], step, time.time()
     # purge_step hides what a killed run logged past its checkpoint
-    with (
-        SummaryWriter(str(folder), purge_step=step + 1) as writer,
-        tqdm(total=args.gradient_steps, initial=step) as bar,
-    ):
+    bar = tqdm(total=args.gradient_steps, initial=step, unit=" steps", desc=str(device))
+    with bar, SummaryWriter(str(folder), purge_step=step + 1) as writer:
         if not checkpoint:
             table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
             writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
             save()
-        if args.capture_video:
-            film()  # before any step: shows at once what it lacks
+        film()  # before any step: shows at once what it lacks
         while True:
             finished, logs = step >= args.gradient_steps, {}
             due = (finished or step % args.eval_frequency == 0) and step > (evaluations[-1][0] if evaluations else 0)
@@ -629,8 +639,7 @@ def train(args: Args, checkpoint: dict | None = None, signals: Sequence[int] = (
             if due:
                 writer.flush()
                 save()
-                if args.capture_video:
-                    film()
+                film()
             if logs:
                 timed_step, timed = step, time.time()
             if finished:
@@ -668,24 +677,25 @@ def main() -> int:
     """Train or resume by the command line; a Stop becomes its sentence on stderr and its exit code."""
     signals: list[int] = []
 
-    def handle(number: int, _) -> None:
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends at once
+    def catch_signals() -> list[int]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+        return signals  # a second signal ends at once
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
     args, checkpoint = tyro.cli(Args), None
     try:
         if args.resume:
             checkpoint = load_checkpoint(args.resume)
-            args = tyro.cli(Args, default=Args(**checkpoint["args"]))
+            args = tyro.cli(Args, default=checkpoint["args"])
         args = resolve(args)
         print(", ".join(f"{name}={value}" for name, value in vars(args).items()))
-        train(args, checkpoint, signals)
+        train(args, checkpoint, catch_signals)
         return 0
     except Stop as stop:
         print(stop.args[0], file=sys.stderr)
         return stop.args[1]
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

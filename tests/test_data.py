@@ -28,7 +28,8 @@ def environment(env_id):
 
 
 def load(path, env_id="Hopper-v4"):
-    return load_dataset(Args(env_id=env_id, dataset_path=str(path)), None, environment(env_id))
+    args = Args(env_id=env_id, dataset_path=str(path))
+    return load_dataset(args, open_minari(args), environment(env_id))
 
 
 def refusal(function, *args):
@@ -99,7 +100,7 @@ def test_float64_columns_and_float_flags_give_the_same_dataset(tmp_path, hopper_
 
 def test_mean_and_std_are_summed_in_float64(tmp_path):
     x = d4rl_arrays(20_000)
-    x["observations"] = 1000 + 0.01 * x["observations"]  # float32 sums are off by more than the std
+    x["observations"] = 1000.3 + 0.01 * x["observations"]  # float32 sums are off by more than the std
     x["observations"][:, 4] = 7.0
     batch, mean, std = load(write_hdf5(tmp_path / "x.hdf5", x))
     s = qlearning_dataset(x)[0]
@@ -157,19 +158,22 @@ REFUSED = {
     "nan action": (put("actions", (7, 2), np.nan), "NaN.* in actions"),
     "nan reward": (put("rewards", 7, np.nan), "NaN.* in rewards"),
     "reward beyond float32": (put("rewards", 7, -1e39), "beyond float32 in rewards"),
-    "nan terminal": (put("terminals", 7, np.nan), "flags other than 0 and 1"),
-    "terminal 2": (put("terminals", 7, 2), "flags other than 0 and 1"),
-    "timeout 0.5": (put("timeouts", 7, 0.5), "flags other than 0 and 1"),
+    "nan terminal": (put("terminals", 7, np.nan), "terminals or timeouts other than 0 and 1"),
+    "terminal 2": (put("terminals", 7, 2), "terminals or timeouts other than 0 and 1"),
+    "timeout 0.5": (put("timeouts", 7, 0.5), "terminals or timeouts other than 0 and 1"),
     "action too large": (put("actions", (7, 2), 1.002), "actions outside .*-1.* to .*1"),
     "action too small": (put("actions", (7, 2), -1.002), "actions outside .*-1.* to .*1"),
     "state of 12 numbers": (replace(observations=np.zeros((600, 12))), r"observations of shape \(12,\).*\(11,\)"),
     "action of 2 numbers": (replace(actions=np.zeros((600, 2))), r"actions of shape \(2,\).*\(3,\)"),
-    "one-dimensional observations": (replace(observations=np.zeros(600)), r"observations \(600,\)"),
-    "one-dimensional actions": (replace(actions=np.zeros(600)), r"actions \(600,\)"),
-    "too few actions": (replace(actions=np.zeros((599, 3))), r"observations \(600, 11\), actions \(599, 3\)"),
-    "too many rewards": (replace(rewards=np.zeros(601)), r"cannot read.*601.*rewards, terminals, timeouts \(N,\)"),
-    "too few timeouts": (replace(timeouts=np.zeros(599)), r"cannot read.*599.*rewards, terminals, timeouts \(N,\)"),
-    "two rewards per row": (replace(rewards=np.zeros((600, 2))), r"cannot read.*1200.*rewards, terminals"),
+    "one-dimensional observations": (
+        replace(observations=np.zeros(600)),
+        r"shapes \[\(600,\), \(600, 3\).*D4RL's schema",
+    ),
+    "one-dimensional actions": (replace(actions=np.zeros(600)), r"\(600, 11\), \(600,\).*D4RL's schema"),
+    "too few actions": (replace(actions=np.zeros((599, 3))), r"\(600, 11\), \(599, 3\).*D4RL's schema"),
+    "too many rewards": (replace(rewards=np.zeros(601)), r"\(601,\).*rewards, terminals, timeouts \(N,\)"),
+    "too few timeouts": (replace(timeouts=np.zeros(599)), r"\(599,\).*rewards, terminals, timeouts \(N,\)"),
+    "two rewards per row": (replace(rewards=np.zeros((300, 2))), r"\(300, 2\).*rewards, terminals"),
     "text": (replace(rewards="none"), "cannot read"),
     "no row": (lambda x: x.update({key: column[:0] for key, column in x.items()}), "holds no transition"),
     "one row": (lambda x: x.update({key: column[:1] for key, column in x.items()}), "holds no transition"),
@@ -478,6 +482,7 @@ def server(tmp_path, monkeypatch, hopper_file):
     thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
     thread.start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("HOME", str(tmp_path))  # whatever goes wrong, the user's own cache stays as it is
     monkeypatch.setenv("D4RL_DATASET_DIR", str(state.folder))
     monkeypatch.setattr(dmg_offline, "D4RL_URL", f"http://127.0.0.1:{httpd.server_port}/d4rl/")
     monkeypatch.setitem(D4RL_SHA256, "hopper-medium-v2", hashlib.sha256(good).hexdigest())
@@ -506,7 +511,7 @@ def test_failed_download_leaves_nothing_and_names_the_ways_on(server, fault):
     sentence = refusal(download_d4rl, "hopper-medium-v2")
     ways_on = ("Put hopper_medium-v2.hdf5 into", str(server.folder), "--dataset-path", "Minari id")
     assert all(words in sentence for words in (HOPPER, *ways_on)), sentence
-    assert ("404" in sentence) == (fault == "not found")
+    assert ("HTTP Error 404" in sentence) == (fault == "not found")
     assert list(server.folder.iterdir()) == []
     server.files, server.announced = {HOPPER: server.good}, 0  # the next try is not spoiled by this one
     assert download_d4rl("hopper-medium-v2").read_bytes() == server.good
@@ -534,7 +539,6 @@ def test_another_file_in_the_cache_is_refused_and_left_alone(server):
 
 def test_cache_folder_is_d4rls_own_without_its_variable(server, monkeypatch, tmp_path):
     monkeypatch.delenv("D4RL_DATASET_DIR")
-    monkeypatch.setenv("HOME", str(tmp_path))
     assert download_d4rl("hopper-medium-v2") == tmp_path / ".d4rl/datasets/hopper_medium-v2.hdf5"
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,8 @@ def test_training_does_not_depend_on_how_often_it_is_evaluated(run):
 def test_checkpoint_holds_what_training_moves(run):
     checkpoint = load_checkpoint(str(run("a")))
     names = {name.split(".")[0] for name in checkpoint["agent"]}
-    assert {"actor", "critic", "value", "actor_target", "critic_target", "mean", "std", "_extra_state"} <= names
-    steps = [optimizer["state"][0]["step"].item() for optimizer in checkpoint["agent"]["_extra_state"]]
+    assert {"actor", "critic", "value", "actor_target", "critic_target", "mean", "std"} <= names
+    steps = [optimizer["state"][0]["step"].item() for optimizer in checkpoint["optimizers"]]
     assert steps == [30, 60, 60]  # actor, critic, value
 
 
@@ -136,7 +137,7 @@ def test_a_run_killed_before_its_first_evaluation_resumes_from_its_start(hopper_
     folder = next((tmp_path / "killed" / "runs").iterdir())
     checkpoint = load_checkpoint(str(folder))
     assert checkpoint["step"] == 0
-    train(resolve(Args(**{**checkpoint["args"], "resume": str(folder)})), checkpoint)
+    train(resolve(replace(checkpoint["args"], resume=str(folder))), checkpoint)
     assert same(final(folder), final(run("whole")))
 
 
@@ -152,15 +153,15 @@ def test_a_signal_during_an_evaluation_keeps_the_steps_before_it(run, tmp_path, 
     folder = run("whole")
     (tmp_path / "stopped").mkdir()
     monkeypatch.chdir(tmp_path / "stopped")
-    args = Args(**{**load_checkpoint(str(folder))["args"]})
+    args = load_checkpoint(str(folder))["args"]
     with monkeypatch.context() as patched, pytest.raises(dmg_offline.Stop) as stop:
         patched.setattr(dmg_offline, "evaluate", interrupted)
-        train(args, signals=signals)
+        train(args, catch_signals=lambda: signals)
     assert stop.value.args[1] == 130
     (stopped,) = Path("runs").iterdir()
     checkpoint = load_checkpoint(str(stopped))
     assert checkpoint["step"] == 40 and len(checkpoint["evaluations"]) == 1
-    train(resolve(Args(**{**checkpoint["args"], "resume": str(stopped)})), checkpoint)
+    train(resolve(replace(checkpoint["args"], resume=str(stopped))), checkpoint)
     assert same(final(stopped), final(folder))
 
 

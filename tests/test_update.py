@@ -20,6 +20,13 @@ def make_agent(args=ARGS, seed=0):
     for target in (agent.actor_target, agent.critic_target):
         for p in target.parameters():
             p.add_(0.05 * torch.randn_like(p))
+    for critic in (agent.critic, agent.critic_target):  # neither twin is the smaller one everywhere
+        critic.net[-1].weight.data.mul_(10)
+        critic.net[-1].bias.data.zero_()
+    batch, _ = make_batch()
+    for critic in (agent.critic, agent.critic_target):
+        smaller = critic(batch.observations, batch.actions).argmin(0)
+        assert 0 < smaller.sum() < BATCH
     return agent
 
 
