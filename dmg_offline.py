@@ -385,6 +385,7 @@ def legacy_inertia(model: mujoco.MjModel, spec: mujoco.MjSpec) -> None:
 
     A capsule then weighed as a cylinder half a radius longer at each end; exact ones make D4RL's policies fall.
     """
+    spec.compile()  # gives the geoms their ids
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:
             radius, half_length, _ = model.geom_size[geom.id]
@@ -409,7 +410,8 @@ class D4RLAntMaze(MujocoEnv):
     def __init__(self, maze: str, render_mode: str | None = None):
         self.maze = maze
         space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
-        super().__init__("ant.xml", 5, space, render_mode, camera_name="track")
+        view = {"distance": 70.0, "elevation": -90.0}  # the whole maze from above
+        super().__init__("ant.xml", 5, space, render_mode, camera_id=-1, default_camera_config=view)
 
     def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
         from gymnasium_robotics.envs.maze.maps import LARGE_MAZE, MEDIUM_MAZE, U_MAZE  # not at the top: it prints
@@ -431,10 +433,10 @@ class D4RLAntMaze(MujocoEnv):
         return model, mujoco.MjData(model)
 
     def reset_model(self) -> np.ndarray:
-        qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
-        self.set_state(qpos, self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv))
         self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
         self.model.site("goal").pos[:2] = self.goal
+        qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
+        self.set_state(qpos, self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv))
         return self.state_vector()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
