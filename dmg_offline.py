@@ -391,7 +391,6 @@ def legacy_inertia(model: mujoco.MjModel, spec: mujoco.MjSpec) -> None:
             radius, half_length, _ = model.geom_size[geom.id]
             geom.type, geom.size = mujoco.mjtGeom.mjGEOM_CYLINDER, [radius, half_length + radius / 2, 0]
             geom.pos, geom.quat, geom.fromto[:] = model.geom_pos[geom.id], model.geom_quat[geom.id], np.nan
-            geom.alt.type = mujoco.mjtOrientation.mjORIENTATION_QUAT  # else the file's axisangle overrides quat
     legacy = spec.compile()
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
         getattr(model, field)[:] = getattr(legacy, field)
@@ -427,7 +426,7 @@ class D4RLAntMaze(MujocoEnv):
             spec.worldbody.add_geom(pos=[4 * (j - 1), 4 * (i - 1), 1], **wall)
         for geom in spec.geoms:
             geom.solimp[:3] = 0.8, 0.8, 0.01
-        spec.worldbody.add_site(name="goal", size=[0.5, 0.5, 0.5], rgba=[1, 0, 0, 0.5])
+        spec.worldbody.add_site(name="goal", pos=[*self.goal_cell, 0.5], size=[0.5, 0.5, 0.5], rgba=[1, 0, 0, 1])
         model = spec.compile()
         legacy_inertia(model, spec)
         return model, mujoco.MjData(model)
@@ -496,7 +495,8 @@ def normalized_score(args: Args, source: minari.MinariDataset | None, returns: n
     """100 (R - random) / (expert - random), AntMaze: success in percent; without references, R itself."""
     if source is not None and source.storage.metadata.get("ref_max_score") is not None and not args.antmaze:
         return 100 * minari.get_normalized_score(source, returns)
-    robot = (args.env_id if source is None else source.env_spec.id).lower().split("-")[0]
+    env_id = args.env_id if source is None else source.recover_environment(eval_env=True).spec.id
+    robot = env_id.lower().split("-")[0]
     random, expert = (0, 1) if args.antmaze else REFERENCES.get(robot, (0, 100))
     return 100 * (returns - random) / (expert - random)
 
@@ -557,7 +557,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         if signals:
             losses()  # a diverged agent must not replace the last good one
             save()
-            raise Stop(f"stopped at step {step:,}", 128 + signals[0])
+            raise Stop(f"stopped at step {step:,}: go on with --resume {folder}", 128 + signals[0])
 
     @torch.no_grad()
     def act(observations: np.ndarray) -> np.ndarray:
@@ -583,6 +583,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     agent.std.copy_(torch.from_numpy(std))
     dataset = Batch(*(x.to(device) for x in dataset))
     folder = Path(args.resume) if args.resume else new_run_folder(args)
+    print(f"run folder: {folder}")
 
     def losses() -> dict[str, float]:
         values = {f"losses/{name}": value.item() for name, value in metrics.items()}

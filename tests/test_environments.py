@@ -19,7 +19,7 @@ MAPS = {
 }
 MAPS = {maze: np.array([list(row) for row in text.split("/")]) for maze, text in MAPS.items()}
 pytestmark = pytest.mark.filterwarnings("ignore:.*settotalmass")  # in HalfCheetah's own XML
-STANDING = np.array([0, 0, 2, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1.0])  # high in the air: it falls straight down
+STANDING = np.array([0, 0, 4, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1.0])  # above the walls: it falls straight down
 
 
 @pytest.fixture(autouse=True)
