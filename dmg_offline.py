@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -448,8 +449,8 @@ def make_env(args: Args, source: minari.MinariDataset | None, render_mode: str |
     """The evaluation environment of --env-id, with vector observations and actions in [-1, 1]. Raises Stop."""
     family, kind = args.env_id.split("-")[:2] if args.env_id in D4RL_SHA256 else ("", "")
     options = {"render_mode": render_mode} if render_mode else {}
-    gym.logger.min_level = gym.logger.ERROR  # -v4 is out of date on purpose
-    with explain(f"cannot make the environment of {args.env_id}"):
+    ignored = warnings.catch_warnings(action="ignore")  # -v4 and its XML are out of date on purpose
+    with explain(f"cannot make the environment of {args.env_id}"), ignored:
         if family == "antmaze":
             env = gym.wrappers.TimeLimit(D4RLAntMaze(kind, **options), 700 if kind == "umaze" else 1000)
         elif family:
@@ -660,7 +661,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
 def resolve(args: Args) -> Args:
     """Fill in the defaults that depend on the dataset (App. C.1, Table 5) and check the ranges. Raises Stop."""
-    expert = "expert" in Path(args.dataset_path or args.env_id).name
+    expert = "expert" in Path(args.env_id).name + Path(args.dataset_path or "").name
     defaults = {"nu": 10.0 if expert else 0.1, "expectile": 0.7, "inverse_temperature": 3.0, "max_weight": 3.0}
     defaults |= {"eval_frequency": 20_000, "eval_episodes": 10}
     if args.antmaze:

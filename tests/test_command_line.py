@@ -58,6 +58,7 @@ def test_every_argument_has_help_and_every_help_text_is_shown(cli, capsys):
         ("hopper-medium-v2", None, (0.1, 0.7, 3, 3, 20_000, 10)),
         ("walker2d-medium-expert-v2", None, (10, 0.7, 3, 3, 20_000, 10)),
         ("Hopper-v4", "sets/my_expert.hdf5", (10, 0.7, 3, 3, 20_000, 10)),
+        ("hopper-expert-v2", "moved.hdf5", (10, 0.7, 3, 3, 20_000, 10)),
         ("Hopper-v4", "expert/my_medium.hdf5", (0.1, 0.7, 3, 3, 20_000, 10)),
         ("antmaze-large-play-v2", None, (0.5, 0.9, 10, 100, 50_000, 100)),
         ("D4RL/antmaze/umaze-v1", None, (0.5, 0.9, 10, 100, 50_000, 100)),

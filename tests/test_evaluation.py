@@ -159,3 +159,18 @@ def test_normalized_score_of_a_minari_dataset(dataset_id, env_id, references, ra
     args = Args(env_id=dataset_id)
     found = normalized_score(args, open_minari(args), np.array([raw, raw]))
     np.testing.assert_allclose(found, [score, score], rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*is set to None")
+def test_normalized_score_of_a_minari_dataset_that_records_only_its_evaluation_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = gym.make("Hopper-v5")
+    observations = np.zeros((2, *env.observation_space.shape))
+    episode = EpisodeBuffer(
+        observations=observations, actions=np.zeros((1, 3)), rewards=[0.0], terminations=[False], truncations=[True]
+    )
+    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
+    minari.create_dataset_from_buffers("test/only-eval-v0", [episode], env=None, eval_env="Hopper-v5", **spaces)
+    args = Args(env_id="test/only-eval-v0")
+    found = normalized_score(args, open_minari(args), np.array([1607.0138475]))
+    np.testing.assert_allclose(found, [50], rtol=1e-9)
