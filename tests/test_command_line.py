@@ -125,6 +125,8 @@ def test_a_run_leaves_what_the_readme_lists(cli, small, tmp_path):
         *("dmg/lam", "dmg/nu", "charts/SPS", "charts/actor_learning_rate"),
         *(f"eval/{x}" for x in ("episodic_return", "normalized_score", "episodic_length")),
     }
+    rates = [e.value for e in events.Scalars("charts/actor_learning_rate")]
+    assert rates == pytest.approx([dmg_offline.actor_learning_rate(k, Args(gradient_steps=20)) for k in (10, 20)])
     score = float(rows[-1].split(",")[3])
     assert events.Scalars("eval/normalized_score")[-1].value == pytest.approx(score, rel=1e-6)
     assert f"score {score:.1f}" in out and "step 20:" in out

@@ -9,12 +9,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dmg_offline
-from dmg_offline import Args, load_checkpoint, resolve, train
+from dmg_offline import Agent, Args, evaluate, load_checkpoint, normalized_score, resolve, train
 
 SCRIPT = Path(dmg_offline.__file__).resolve()
 SMALL = {"env_id": "Hopper-v4", "batch_size": 16, "eval_episodes": 2, "cuda": False}
@@ -88,6 +90,26 @@ def test_checkpoint_holds_what_training_moves(run):
     assert {"actor", "critic", "value", "actor_target", "critic_target", "mean", "std"} <= names
     steps = [optimizer["state"][0]["step"].item() for optimizer in checkpoint["optimizers"]]
     assert steps == [30, 60, 60]  # actor, critic, value
+
+
+def test_the_score_is_that_of_the_saved_actor_on_normalised_states(run, hopper_file):
+    checkpoint = load_checkpoint(str(run("a")))
+    args = checkpoint["args"]
+    env = dmg_offline.make_env(args, None)
+    _, mean, std = dmg_offline.load_dataset(args, None, env)
+    agent = Agent(11, 3, args)
+    agent.load_state_dict(checkpoint["agent"])
+    assert np.array_equal(agent.mean, mean) and np.array_equal(agent.std, std) and std.max() < 2
+
+    @torch.no_grad()
+    def act(observations):
+        return agent.actor(torch.tensor((observations - mean) / std, dtype=torch.float32)).numpy()
+
+    returns, lengths = evaluate(act, gym.vector.SyncVectorEnv([lambda: env]), 2, seed=1000)
+    step, mean_return, _, score, mean_length, episodes, _ = checkpoint["evaluations"][-1]
+    assert (step, episodes) == (60, 2)
+    assert mean_return == pytest.approx(returns.mean(), rel=1e-3) and mean_length == lengths.mean()
+    assert score == pytest.approx(normalized_score(args, None, returns).mean(), rel=1e-3)
 
 
 def command(hopper_file, *more):
