@@ -193,3 +193,16 @@ def test_two_runs_of_the_same_second_get_two_folders(tmp_path, monkeypatch):
     folders = [dmg_offline.new_run_folder(Args(env_id="a/b-v0", seed=3)) for _ in range(3)]
     assert folders[0] == Path("runs/a-b-v0__dmg_offline__3__1000000000")
     assert len(set(folders)) == 3
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file_and_names_it(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    dmg_offline.write(path, lambda p: p.write_text("old"))
+
+    def half(p):
+        p.write_text("ne")
+        raise OSError("No space left on device")
+
+    with pytest.raises(dmg_offline.Stop, match="checkpoint.pt: No space left") as stop:
+        dmg_offline.write(path, half)
+    assert stop.value.args[1] == 2 and path.read_text() == "old"
