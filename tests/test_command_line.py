@@ -202,3 +202,15 @@ def test_the_algorithm_stands_before_line_230():
     assert first_block < 230
     assert any(line.startswith("def update(") for line in lines[:first_block])
     assert train.__module__ == "dmg_offline"
+
+
+def test_flags_beside_resume_replace_the_saved_ones(cli, small, tmp_path):
+    cli(*small)
+    (folder,) = (tmp_path / "runs").iterdir()
+    code, out, err = cli("--resume", str(folder), "--gradient-steps", "30")
+    assert code == 0, err
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("step")] == ["step 30"]
+    checkpoint = load_checkpoint(str(folder))
+    assert checkpoint["step"] == checkpoint["args"].gradient_steps == 30
+    assert checkpoint["args"].batch_size == 8 and checkpoint["args"].resume is None
+    assert len((folder / "eval.csv").read_text().splitlines()) == 4
