@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple, get_type_hints
@@ -515,9 +515,10 @@ def new_run_folder(args: Args) -> Path:
     now, name = int(time.time()), f"{args.env_id.replace('/', '-')}__{EXP_NAME}__{args.seed}"
     while (folder := Path("runs", f"{name}__{now}")).exists():
         now += 1  # another run began in the same second
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     record = dataclasses.asdict(args) | {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
-    record["commit"] = git.stdout.strip()
+    with suppress(OSError):  # no git
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     write(folder / "args.json", lambda path: path.write_text(json.dumps(record, indent=2)))
     return folder
 
@@ -526,9 +527,9 @@ def load_checkpoint(folder: str) -> dict:
     """What `train` saved in a run folder. Raises Stop."""
     with explain(f"cannot resume {folder}", "Give --resume a folder of runs/ that holds a checkpoint.pt."):
         checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        script, checkpoint["args"] = checkpoint["script"], Args(**checkpoint["args"])
-    require(script == EXP_NAME, f"{folder} was written by {script}.py: resume it with that script, not {EXP_NAME}.py.")
-    return checkpoint
+        script = checkpoint["script"]
+        require(script == EXP_NAME, f"{folder} was written by {script}.py: resume it with that script.")
+        return checkpoint | {"args": Args(**checkpoint["args"])}
 
 
 # ---- end of data, environments, evaluation, run folder ----

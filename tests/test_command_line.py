@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_script_or_another_dataset_is_refused(cli, small
     code, _, err = cli("--resume", str(folder))
     assert code == 2 and "not the dataset" in err
     checkpoint = load_checkpoint(str(folder))
-    torch.save({**checkpoint, "args": {}, "script": "td3bc"}, folder / "checkpoint.pt")
+    torch.save({**checkpoint, "args": {"alpha": 2.5}, "script": "td3bc"}, folder / "checkpoint.pt")
     code, _, err = cli("--resume", str(folder))
     assert code == 2 and "td3bc.py" in err
     (folder / "checkpoint.pt").write_bytes((folder / "checkpoint.pt").read_bytes()[:1000])
@@ -182,6 +182,14 @@ def test_capture_video_without_its_package_says_so_at_once(cli, small):
 def test_track_without_its_package_says_so_at_once(cli, small):
     code, out, err = cli(*small, "--track")
     assert code == 2 and "wandb" in err and "step 10" not in out
+
+
+def test_a_machine_without_git_can_train(cli, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    code, _, err = cli(*small)
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "commit" not in json.loads((folder / "args.json").read_text())
 
 
 def test_the_file_runs_alone_in_another_folder(small, tmp_path, monkeypatch):

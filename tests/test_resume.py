@@ -203,6 +203,6 @@ def test_a_write_that_fails_half_way_leaves_the_old_file_and_names_it(tmp_path):
         p.write_text("ne")
         raise OSError("No space left on device")
 
-    with pytest.raises(dmg_offline.Stop, match="checkpoint.pt: No space left") as stop:
+    with pytest.raises(dmg_offline.Stop, match=r"checkpoint\.pt: No space left") as stop:
         dmg_offline.write(path, half)
     assert stop.value.args[1] == 2 and path.read_text() == "old"
