@@ -149,6 +149,25 @@ def test_a_killed_run_resumes_to_the_same_bits(number, code, hopper_file, tmp_pa
     assert not list(folder.glob("*.tmp"))
 
 
+def test_what_a_killed_run_logged_past_its_checkpoint_is_not_seen_twice(run, monkeypatch):
+    original, saved = dmg_offline.write, []
+
+    def write_and_keep(path, writer):
+        original(path, writer)
+        saved.append(path.read_bytes()) if path.name == "checkpoint.pt" else None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dmg_offline, "write", write_and_keep)
+        folder = run("killed")
+    before = scalars(folder)
+    (folder / "checkpoint.pt").write_bytes(saved[1])  # as if killed before the second evaluation's checkpoint
+    checkpoint = load_checkpoint(str(folder))
+    assert checkpoint["step"] == 20
+    train(resolve(replace(checkpoint["args"], resume=str(folder))), checkpoint)
+    assert [step for step, _ in before["eval/episodic_return"]] == [20, 40, 60]
+    assert scalars(folder) == before
+
+
 def test_a_run_killed_before_its_first_evaluation_resumes_from_its_start(hopper_file, tmp_path, run, monkeypatch):
     def killed(*_):
         raise SystemExit
