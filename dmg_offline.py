@@ -335,9 +335,7 @@ def read_minari(dataset: minari.MinariDataset, space: gym.Space) -> tuple[Batch,
     with explain(f"cannot read {dataset.storage.data_path}", "Is the Minari dataset complete?"):
         for episode in dataset.iterate_episodes():
             s, terminals = flatten(space, episode.observations), episode.terminations
-            require(
-                len(s) == len(terminals) + 1, f"{dataset.spec.dataset_id} lacks the last observation of an episode."
-            )
+            require(len(s) == len(terminals) + 1, f"{dataset.spec.dataset_id} lacks the last state of an episode.")
             timeouts = ~terminals & (np.arange(len(terminals)) == len(terminals) - 1)
             episodes.append((s[:-1], episode.actions, episode.rewards, s[1:], terminals, timeouts))
         *rows, timeouts = (np.concatenate(x, dtype=np.float32, casting="unsafe") for x in zip(*episodes, strict=True))
@@ -587,10 +585,14 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     folder = Path(args.resume) if args.resume else new_run_folder(args)
     print(f"run folder: {folder}")
 
+    def log(values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
     def losses() -> dict[str, float]:
         values = {f"losses/{name}": value.item() for name, value in metrics.items()}
         if not all(map(math.isfinite, values.values())):
-            writer.add_scalar("eval/diverged", 1, step)
+            log({"eval/diverged": 1})
             raise Stop(f"diverged at step {step:,}: {values}; the last good checkpoint stays in {folder}", 3)
         return values
 
@@ -627,25 +629,24 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
             save()
         film()  # before any step: shows at once what it lacks
         while True:
-            finished, logs = step >= args.gradient_steps, {}
+            finished = step >= args.gradient_steps
             due = (finished or step % args.eval_frequency == 0) and step > (evaluations[-1][0] if evaluations else 0)
             if metrics and (due or step % 1000 == 0):
-                speed = (step - timed_step) / (time.time() - timed)
-                logs = losses() | {"charts/SPS": speed, "charts/actor_learning_rate": lr.item()}
-                logs |= {"dmg/lam": args.lam, "dmg/nu": args.nu}
+                log(losses())
+                log(
+                    {"charts/SPS": (step - timed_step) / (time.time() - timed), "charts/actor_learning_rate": lr.item()}
+                )
+                log({"dmg/lam": args.lam, "dmg/nu": args.nu})
+                timed_step, timed = step, time.time()
             if due:
                 evaluations.append(score_agent())
                 _, mean, _, score, length, *_ = evaluations[-1]
-                logs |= {"eval/episodic_return": mean, "eval/normalized_score": score, "eval/episodic_length": length}
-                logs |= {"eval/success_rate": score} if args.antmaze else {}
+                log({"eval/episodic_return": mean, "eval/normalized_score": score, "eval/episodic_length": length})
+                log({"eval/success_rate": score} if args.antmaze else {})
                 bar.set_postfix(score=f"{score:.1f}")
-            for name, value in logs.items():
-                writer.add_scalar(name, value, step)
-            if due:
                 writer.flush()
                 save()
                 film()
-            if logs:
                 timed_step, timed = step, time.time()
             if finished:
                 return

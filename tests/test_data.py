@@ -399,7 +399,7 @@ def test_minari_dict_keys_have_the_order_of_the_environment(minari_folder):
 def test_minari_episode_without_its_last_observation_is_refused(minari_folder):
     buffers = list(pendulum_episodes([3, 4]))
     buffers[1] = dataclasses.replace(buffers[1], observations=buffers[1].observations[:-1])
-    assert "lacks the last observation" in refusal(load_minari, "own/pendulum-v0", "Pendulum-v1", buffers)
+    assert "lacks the last state" in refusal(load_minari, "own/pendulum-v0", "Pendulum-v1", buffers)
 
 
 def test_minari_rows_that_are_not_finite_are_refused(minari_folder):

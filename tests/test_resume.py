@@ -204,6 +204,7 @@ def test_a_signal_during_an_evaluation_keeps_the_steps_before_it(run, tmp_path, 
     assert checkpoint["step"] == 40 and len(checkpoint["evaluations"]) == 1
     train(resolve(replace(checkpoint["args"], resume=str(stopped))), checkpoint)
     assert same(final(stopped), final(folder))
+    assert scalars(stopped) == scalars(folder)
 
 
 def test_two_runs_of_the_same_second_get_two_folders(tmp_path, monkeypatch):
