@@ -78,6 +78,13 @@ def test_one_seed_gives_the_same_bits_and_another_seed_does_not(run):
     assert not same(final(first)["agent"], final(other)["agent"])
 
 
+def test_the_seed_sets_the_networks_and_the_batches(run):
+    still = {"learning_rate": 1e-12, "gradient_steps": 2}
+    a, b = final(run("a", **still)), final(run("b", seed=1, **still))
+    assert (a["agent"]["actor.0.weight"] - b["agent"]["actor.0.weight"]).abs().max() > 1e-2
+    assert not torch.equal(a["generator"], b["generator"])
+
+
 def test_training_does_not_depend_on_how_often_it_is_evaluated(run):
     rare, often = run("a", eval_frequency=60, eval_episodes=1), run("b", eval_frequency=7, eval_episodes=3)
     assert same(final(rare)["agent"], final(often)["agent"])
