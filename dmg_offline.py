@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import h5py
@@ -51,6 +51,8 @@ class Args:
     """train on the GPU if there is one"""
     torch_deterministic: bool = True
     """use deterministic kernels, so that one seed gives the same bits again on the same machine"""
+    matmul_precision: Literal["highest", "high", "medium"] = "medium"
+    """torch.set_float32_matmul_precision; on a CPU without AMX "medium" is float32 too, on a GPU it is TF32"""
     eval_frequency: Annotated[int | None, "[1, inf)"] = None
     """gradient steps between evaluations, each with a checkpoint (default: 20,000; AntMaze 50,000)"""
     eval_episodes: Annotated[int | None, "[1, inf)"] = None
@@ -67,8 +69,6 @@ class Args:
     """project of --track"""
     wandb_entity: str | None = None
     """team of --track"""
-    gradient_steps: Annotated[int, "[1, inf)"] = 1_000_000
-    """number of iterations of the update"""
     batch_size: Annotated[int, "[1, inf)"] = 256
     """transitions per gradient step"""
     learning_rate: Annotated[float, "(0, inf)"] = 3e-4
@@ -78,6 +78,8 @@ class Args:
     target_update_rate: Annotated[float, "(0, 1]"] = 0.005
     """Polyak rate of the target networks (xi)"""
     # ---- end of common arguments ----
+    gradient_steps: Annotated[int, "[1, inf)"] = 1_000_000
+    """number of iterations of the update"""
     lam: Annotated[float, "[0, 1]"] = 0.25
     """mixture coefficient (lambda): weight of the mildly generalized maximum in the Bellman target"""
     nu: Annotated[float | None, "[0, inf)"] = None
@@ -100,6 +102,7 @@ class Args:
         return "antmaze" in self.env_id.lower().replace("_", "")
 
 
+# ---- shared by all scripts: networks ----
 class Batch(NamedTuple):
     """Transitions as float32 tensors: states are normalised, actions lie in [-1, 1]."""
 
@@ -138,6 +141,16 @@ class TwinCritic(nn.Module):
         return self.net(torch.cat([s, a], -1).expand(2, -1, -1)).squeeze(-1)
 
 
+def minimise(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One optimiser step on its own parameters only; the networks that the loss passes through get no gradient."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+# ---- end of networks ----
+# ---- shared by the DMG scripts: agent, losses, update ----
 class Agent(nn.Module):
     """The networks of Algorithm 1, their optimisers, and the mean and std that normalise raw states."""
 
@@ -161,21 +174,6 @@ class Agent(nn.Module):
 def in_sample_value_loss(u: torch.Tensor, args: Args) -> torch.Tensor:
     """Expectile loss of u = Q'(s, a) - V(s), (B,) -> () (Eq. 15): V tends to the maximum over dataset actions."""
     return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
-
-
-def minimise(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One optimiser step on its own parameters only; the networks that the loss passes through get no gradient."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-
-
-def actor_learning_rate(step: int, args: Args) -> float:
-    """Cosine from learning_rate to 0 over all actor updates of the run, 0 after (Table 5); step counts from 1."""
-    updates_done, all_updates = step // args.policy_frequency - 1, max(args.gradient_steps // args.policy_frequency, 1)
-    progress = min(updates_done / all_updates, 1.0)
-    return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_actor: bool) -> dict[str, torch.Tensor]:
@@ -218,6 +216,14 @@ def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_a
                 torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), args.target_update_rate)
         metrics |= {"actor_loss": actor_loss, "advantage_weight": weight.mean()}
     return {name: value.detach() for name, value in metrics.items()}
+
+
+# ---- end of agent, losses, update ----
+def actor_learning_rate(step: int, args: Args) -> float:
+    """Cosine from learning_rate to 0 over all actor updates of the run, 0 after (Table 5); step counts from 1."""
+    updates_done, all_updates = step // args.policy_frequency - 1, max(args.gradient_steps // args.policy_frequency, 1)
+    progress = min(updates_done / all_updates, 1.0)
+    return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 # ---- shared by all scripts: data, environments, evaluation, run folder ----
@@ -316,12 +322,13 @@ def open_minari(args: Args) -> minari.MinariDataset | None:
     name = args.env_id
     if name in D4RL_SHA256 or args.dataset_path:
         return None
-    folder = minari.storage.datasets_root_dir.get_dataset_path(name) / "data"
+    shipped = Path(__file__).resolve().parent / "datasets" / name / "data"
+    folder = shipped if shipped.exists() else minari.storage.datasets_root_dir.get_dataset_path(name) / "data"
     known = f"a D4RL v2 name ({', '.join(D4RL_SHA256)}), a Minari id (mujoco/hopper/medium-v0)"
     require("/" in name or folder.exists(), f"unknown --env-id {name}: give {known} or --dataset-path.")
     ways_on = f"Put its main_data.hdf5 and metadata.json into {folder}, or use a D4RL name, or --dataset-path."
     with explain(f"cannot load the Minari dataset {name}", ways_on):
-        return minari.load_dataset(name, download=True)
+        return minari.MinariDataset(folder) if folder == shipped else minari.load_dataset(name, download=True)
 
 
 def read_minari(dataset: minari.MinariDataset, space: gym.Space) -> tuple[Batch, np.ndarray, np.ndarray]:
@@ -490,14 +497,15 @@ def evaluate(act: Callable, envs: gym.vector.VectorEnv, episodes: int, seed: int
     return returns, lengths
 
 
-def normalized_score(args: Args, source: minari.MinariDataset | None, returns: np.ndarray) -> np.ndarray:
-    """100 (R - random) / (expert - random), AntMaze: success in percent; without references, R itself."""
-    if source is not None and source.storage.metadata.get("ref_max_score") is not None and not args.antmaze:
-        return 100 * minari.get_normalized_score(source, returns)
+def reference_returns(args: Args, source: minari.MinariDataset | None) -> tuple[float, float]:
+    """The returns that mean a score of 0 and of 100; (0, 100), the return itself, where there is no reference."""
+    metadata = {} if source is None else source.storage.metadata
+    if args.antmaze:
+        return 0.0, 1.0  # success in percent
+    if metadata.get("ref_max_score") is not None:
+        return metadata["ref_min_score"], metadata["ref_max_score"]
     env_id = args.env_id if source is None else source.recover_environment(eval_env=True).spec.id
-    robot = env_id.lower().split("-")[0]
-    random, expert = (0, 1) if args.antmaze else REFERENCES.get(robot, (0, 100))
-    return 100 * (returns - random) / (expert - random)
+    return REFERENCES.get(env_id.lower().split("-")[0], (0.0, 100.0))
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
@@ -521,13 +529,14 @@ def new_run_folder(args: Args) -> Path:
     return folder
 
 
-def load_checkpoint(folder: str) -> dict:
-    """What `train` saved in a run folder. Raises Stop."""
-    with explain(f"cannot resume {folder}", "Give --resume a folder of runs/ that holds a checkpoint.pt."):
+def load_checkpoint(folder: str, script: str = EXP_NAME) -> dict:
+    """What `train` of `script` saved in a run folder, with those of its arguments that this script has. Raises Stop."""
+    with explain(f"cannot load {folder}", "Give a folder of runs/ that holds a checkpoint.pt."):
         checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-        require(script == EXP_NAME, f"{folder} was written by {script}.py: resume it with that script.")
-        return checkpoint | {"args": Args(**checkpoint["args"])}
+        found, args = checkpoint["script"], checkpoint["args"]
+        require(found == script, f"{folder} was written by {found}.py, one of {script}.py is needed.")
+        known = args if script == EXP_NAME else vars(Args()).keys() & args
+        return checkpoint | {"args": Args(**{name: args[name] for name in known})}
 
 
 # ---- end of data, environments, evaluation, run folder ----
@@ -539,9 +548,11 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
     source = open_minari(args)
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, source)] * min(args.eval_episodes, 10))
+    random, expert = reference_returns(args, source)
     (state_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     agent = Agent(state_dim, action_dim, args, device)
     generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
@@ -567,9 +578,10 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
     def score_agent() -> list:
         returns, lengths = evaluate(act, envs, args.eval_episodes, eval_seed)
-        mean, std, score = returns.mean().item(), returns.std().item(), normalized_score(args, source, returns).mean()
+        mean, std = returns.mean().item(), returns.std().item()
+        score = 100 * (mean - random) / (expert - random)
         tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}, score {score:.1f}")
-        return [step, mean, std, score.item(), lengths.mean().item(), len(returns), time.time() - started]
+        return [step, mean, std, score, lengths.mean().item(), len(returns), time.time() - started]
 
     signals: list[int] = []
     if args.eval_only:
