@@ -259,15 +259,15 @@ class Replay:
     """The dataset's rows and then, never over them, each new transition, in the order in which they came."""
 
     def __init__(self, dataset: Batch, online_steps: int, device: torch.device | str):
-        self.first = self.size = len(dataset.rewards)  # first: row of the first online transition
-        self.rows = Batch(*(torch.empty(self.size + online_steps, *x.shape[1:], device=device) for x in dataset))
-        for column, x in zip(self.rows, dataset, strict=True):
-            column[: self.size] = x
+        self.first, self.size = len(dataset.rewards), 0  # first: row of the first online transition
+        self.rows = Batch(*(torch.empty(self.first + online_steps, *x.shape[1:], device=device) for x in dataset))
+        self.extend(dataset)
 
-    def append(self, *transition: torch.Tensor | float) -> None:
-        for column, x in zip(self.rows, transition, strict=True):
-            column[self.size] = x
-        self.size += 1
+    def extend(self, rows: Batch | list[torch.Tensor]) -> None:
+        end = self.size + len(rows[0])
+        for column, x in zip(self.rows, rows, strict=True):
+            column[self.size : end] = x
+        self.size = end
 
 
 class Explorer:
@@ -296,8 +296,8 @@ class Explorer:
     def step(self, action: torch.Tensor) -> None:
         """One transition into the replay: a success is terminal with reward 0 in AntMaze, a timeout never terminal."""
         observation, reward, terminated, truncated, _ = self.env.step(action.cpu().numpy())
-        next_state = self.normalise(observation)
-        self.replay.append(self.state, action, reward - self.args.antmaze, next_state, float(terminated))
+        next_state, scalars = self.normalise(observation), torch.tensor([[reward - self.args.antmaze], [terminated]])
+        self.replay.extend([self.state[None], action[None], scalars[0], next_state[None], scalars[1]])
         self.state = next_state
         if terminated or truncated:
             self.end()
@@ -309,10 +309,9 @@ class Explorer:
         means = np.mean(ended, 0) if ended else ()
         return dict(zip(("charts/episodic_return", "charts/episodic_length"), means[1:], strict=False))
 
-    def restore(self, rows: Batch, episodes: list[list]) -> None:
+    def restore(self, rows: list[torch.Tensor], episodes: list[list]) -> None:
         """Continue after these online rows: the environment plays the unfinished episode's actions again."""
-        for row in zip(*rows, strict=True):
-            self.replay.append(*row)
+        self.replay.extend(rows)
         self.episodes = episodes
         self.begin()
         for action in self.replay.rows.actions[self.start : self.replay.size]:
@@ -607,6 +606,12 @@ def reference_returns(args: Args, source: minari.MinariDataset | None) -> tuple[
     return REFERENCES.get(env_id.lower().split("-")[0], (0.0, 100.0))
 
 
+def normalized_score(args: Args, source: minari.MinariDataset | None, returns: np.ndarray) -> np.ndarray:
+    """100 (R - random) / (expert - random), in percent; AntMaze: success rate."""
+    random, expert = reference_returns(args, source)
+    return 100 * (returns - random) / (expert - random)
+
+
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """writer(temporary path), then a rename, so that `path` is whole at every moment. Raises Stop."""
     with explain(f"cannot write {path}"):
@@ -723,7 +728,6 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     torch.manual_seed(args.seed)
     source = None if args.from_scratch and "/" not in args.env_id else open_minari(args)
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, source)] * min(args.eval_episodes, 10))
-    random, expert = reference_returns(args, source)
     (state_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     agent = Agent(state_dim, action_dim, args, device)
     generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
@@ -736,6 +740,9 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         step = checkpoint["step"]
     if args.resume:
         evaluations, started = checkpoint["evaluations"], started - checkpoint["seconds"]
+        taken = len(checkpoint["online"][0][0])
+        fits = max(step - args.offline_steps, 0) == taken <= args.online_steps
+        require(fits, f"{args.resume} has taken {taken:,} online steps: what is behind it cannot be changed any more.")
 
     def heed_signals() -> None:
         if signals:
@@ -751,10 +758,9 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
     def score_agent() -> list:
         returns, lengths = evaluate(act, envs, args.eval_episodes, eval_seed)
-        mean, std = returns.mean().item(), returns.std().item()
-        score = 100 * (mean - random) / (expert - random)
+        mean, std, score = returns.mean().item(), returns.std().item(), normalized_score(args, source, returns).mean()
         tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}, score {score:.1f}")
-        return [step, mean, std, score, lengths.mean().item(), len(returns), time.time() - started]
+        return [step, mean, std, score.item(), lengths.mean().item(), len(returns), time.time() - started]
 
     signals: list[int] = []
     if args.eval_only:
@@ -774,7 +780,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     signals = catch_signals()  # loading ends at once, training with a checkpoint
     replay = Replay(dataset, args.online_steps, device)
     explorer = Explorer(make_env(args, source), replay, agent, args)
-    explorer.restore(*(checkpoint["online"] if args.resume else (Batch(*(x[:0] for x in dataset)), [])))
+    explorer.restore(*(checkpoint["online"] if args.resume else ([x[:0] for x in dataset], [])))
     del dataset
     folder = Path(args.resume) if args.resume else new_run_folder(args)
     print(f"run folder: {folder}")
@@ -816,7 +822,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
             wandb.init(**names, config=vars(args), sync_tensorboard=True)
     metrics, lr, timed_step, timed = {}, agent.actor_optimizer.param_groups[0]["lr"], step, time.time()
-    total, in_force = args.offline_steps + args.online_steps, args
+    begun, total, in_force = step, args.offline_steps + args.online_steps, args
     # purge_step hides what a killed run logged past its checkpoint
     bar = tqdm(total=total, initial=step, unit=" steps", desc=str(device))
     with bar, SummaryWriter(str(folder), purge_step=step + 1) as writer:
@@ -829,13 +835,10 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
             t, finished = step - args.offline_steps, step >= total  # t: online steps taken
             due = finished or t == 0 or (step > 0 and (t if t > 0 else step) % args.eval_frequency == 0)
             due = due and step not in (row[0] for row in evaluations[-1:])
-            if t > 0 and t % 1000 == 0:
-                log(explorer.recent())
-            if metrics and (due or step % 1000 == 0):
-                log(losses())
-                log(
-                    {"charts/SPS": (step - timed_step) / (time.time() - timed), "charts/actor_learning_rate": lr.item()}
-                )
+            if step > begun and (due or step % 1000 == 0):
+                log(losses() | explorer.recent())
+                sps = (step - timed_step) / (time.time() - timed)
+                log({"charts/SPS": sps, "charts/actor_learning_rate": lr.item()})
                 log({"dmg/lam": in_force.lam, "dmg/nu": in_force.nu})
                 timed_step, timed = step, time.time()
             if due:
@@ -871,6 +874,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
             batch = Batch(*(x[index] for x in replay.rows))
             metrics |= update(agent, batch, noise, in_force, update_actor=step % args.policy_frequency == 0)
     if args.save_dataset:
+        random, expert = reference_returns(args, source)
         if (random, expert) == (0, 100):  # no reference is known: a random policy's return and the last agent's
             uniform = np.random.default_rng(args.seed)
             actions = partial(uniform.uniform, -1, 1, (envs.num_envs, action_dim))
@@ -895,7 +899,7 @@ def resolve(args: Args) -> Args:
         defaults = {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0, "max_weight": 100.0}
         defaults |= {"eval_frequency": 50_000, "eval_episodes": 100}
     defaults |= {"learning_starts": 25_000 if args.from_scratch else 0}
-    defaults |= {"gamma_online": 0.995 if "antmaze-large" in args.env_id.lower().replace("/", "-") else args.gamma}
+    defaults |= {"gamma_online": 0.995 if args.antmaze and "large" in args.env_id.lower() else args.gamma}
     args = dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
     for name, hint in get_type_hints(Args, include_extras=True).items():
         for span in getattr(hint, "__metadata__", ()):
@@ -922,12 +926,9 @@ def main() -> int:
             args = tyro.cli(Args, default=checkpoint["args"])
         elif args.checkpoint:
             checkpoint = load_checkpoint(args.checkpoint, "dmg_offline")
-            done, given = checkpoint["step"], args.offline_steps
-            require(
-                given in (done, Args.offline_steps), f"--checkpoint stands at step {done}: leave out --offline-steps."
-            )
-            args = tyro.cli(Args, default=checkpoint["args"])
-            args = dataclasses.replace(args, offline_steps=done)
+            given, done = args.offline_steps, checkpoint["step"]
+            require(given in (done, Args.offline_steps), "--checkpoint stands for the offline steps: leave these out.")
+            args = dataclasses.replace(tyro.cli(Args, default=checkpoint["args"]), offline_steps=done)
         args = resolve(args)
         print(", ".join(f"{name}={value}" for name, value in vars(args).items()))
         train(args, checkpoint, catch_signals)

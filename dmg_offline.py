@@ -508,6 +508,12 @@ def reference_returns(args: Args, source: minari.MinariDataset | None) -> tuple[
     return REFERENCES.get(env_id.lower().split("-")[0], (0.0, 100.0))
 
 
+def normalized_score(args: Args, source: minari.MinariDataset | None, returns: np.ndarray) -> np.ndarray:
+    """100 (R - random) / (expert - random), in percent; AntMaze: success rate."""
+    random, expert = reference_returns(args, source)
+    return 100 * (returns - random) / (expert - random)
+
+
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """writer(temporary path), then a rename, so that `path` is whole at every moment. Raises Stop."""
     with explain(f"cannot write {path}"):
@@ -552,7 +558,6 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     torch.manual_seed(args.seed)
     source = open_minari(args)
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, source)] * min(args.eval_episodes, 10))
-    random, expert = reference_returns(args, source)
     (state_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     agent = Agent(state_dim, action_dim, args, device)
     generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
@@ -578,10 +583,9 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
     def score_agent() -> list:
         returns, lengths = evaluate(act, envs, args.eval_episodes, eval_seed)
-        mean, std = returns.mean().item(), returns.std().item()
-        score = 100 * (mean - random) / (expert - random)
+        mean, std, score = returns.mean().item(), returns.std().item(), normalized_score(args, source, returns).mean()
         tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}, score {score:.1f}")
-        return [step, mean, std, score, lengths.mean().item(), len(returns), time.time() - started]
+        return [step, mean, std, score.item(), lengths.mean().item(), len(returns), time.time() - started]
 
     signals: list[int] = []
     if args.eval_only:
@@ -645,9 +649,8 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
             due = (finished or step % args.eval_frequency == 0) and step > (evaluations[-1][0] if evaluations else 0)
             if metrics and (due or step % 1000 == 0):
                 log(losses())
-                log(
-                    {"charts/SPS": (step - timed_step) / (time.time() - timed), "charts/actor_learning_rate": lr.item()}
-                )
+                sps = (step - timed_step) / (time.time() - timed)
+                log({"charts/SPS": sps, "charts/actor_learning_rate": lr.item()})
                 log({"dmg/lam": args.lam, "dmg/nu": args.nu})
                 timed_step, timed = step, time.time()
             if due:
