@@ -25,7 +25,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 
@@ -108,6 +107,10 @@ class Args:
     """discount factor online (default: gamma; antmaze-large 0.995)"""
     expectile: Annotated[float | None, "(0, 1)"] = None
     """expectile of the in-sample maximum (tau) (default: 0.7; AntMaze 0.9)"""
+    in_sample: Literal["iql", "xql", "sql"] = "iql"
+    """how V tends to the in-sample maximum: expectile, Gumbel regression or sparse Q-learning (Table 3)"""
+    in_sample_temperature: Annotated[float | None, "(0, inf)"] = None
+    """beta of xql, alpha of sql (default: xql 5; sql 2, or 5 if the dataset's name holds "medium-expert")"""
     inverse_temperature: Annotated[float | None, "[0, inf)"] = None
     """inverse temperature of the advantage weights (alpha) (default: 3; AntMaze 10)"""
     max_weight: Annotated[float | None, "(0, inf)"] = None
@@ -118,10 +121,6 @@ class Args:
     """standard deviation of the target policy's smoothing noise, in units of the action range [-1, 1]"""
     noise_clip: Annotated[float, "[0, inf)"] = 0.5
     """clip of the smoothing noise, same unit"""
-
-    @property
-    def antmaze(self) -> bool:
-        return "antmaze" in self.env_id.lower().replace("_", "")
 
 
 # ---- shared by all scripts: networks ----
@@ -172,6 +171,20 @@ def minimise(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 # ---- end of networks ----
+# ---- shared by DMG and IQL: value loss ----
+def in_sample_value_loss(target_q: torch.Tensor, v: torch.Tensor, args: Args) -> torch.Tensor:
+    """Loss of V(s), (B,), that draws it to the maximum of Q'(s, a), (B,), over the dataset's actions (Eq. 15)."""
+    u = target_q - v
+    if args.in_sample == "iql":  # expectile
+        return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
+    if args.in_sample == "xql":  # Gumbel regression, scaled by its largest term
+        z = (u / args.in_sample_temperature).clamp(max=7)
+        return ((z.exp() - z - 1) * (-z.max().clamp(min=-1).detach()).exp()).mean()
+    t = u / (2 * args.in_sample_temperature) + 1
+    return (t.clamp(min=0).square() + v / args.in_sample_temperature).mean()
+
+
+# ---- end of value loss ----
 # ---- shared by the DMG scripts: agent, losses, update ----
 class Agent(nn.Module):
     """The networks of Algorithm 1, their optimisers, and the mean and std that normalise raw states."""
@@ -193,11 +206,6 @@ class Agent(nn.Module):
         self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.value_optimizer)
 
 
-def in_sample_value_loss(u: torch.Tensor, args: Args) -> torch.Tensor:
-    """Expectile loss of u = Q'(s, a) - V(s), (B,) -> () (Eq. 15): V tends to the maximum over dataset actions."""
-    return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
-
-
 def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_actor: bool) -> dict[str, torch.Tensor]:
     """One iteration of Algorithm 1 on `batch`; noise: (B, action_dim), standard normal. Returns detached scalars."""
     s, a, r, next_s, terminated = batch
@@ -206,7 +214,7 @@ def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_a
     with torch.no_grad():
         target_q = agent.critic_target(s, a).amin(0)
     v = agent.value(s)
-    value_loss = in_sample_value_loss(target_q - v, args)
+    value_loss = in_sample_value_loss(target_q, v, args)
     minimise(value_loss, agent.value_optimizer)
 
     # critic (Eq. 16): a share lam of the target may generalize to the actor's action, the rest is in-sample
@@ -255,6 +263,7 @@ def online_args(args: Args, t: int) -> Args:
     return dataclasses.replace(args, lam=lam, nu=nu, gamma=args.gamma_online)
 
 
+# ---- shared by the online scripts: replay and exploration ----
 class Replay:
     """The dataset's rows and then, never over them, each new transition, in the order in which they came."""
 
@@ -290,13 +299,19 @@ class Explorer:
         self.state = self.normalise(observation)
 
     def end(self) -> None:
-        size, rewards = self.replay.size, self.replay.rows.rewards[self.start : self.replay.size] + self.args.antmaze
+        size, rewards = (
+            self.replay.size,
+            self.replay.rows.rewards[self.start : self.replay.size] + is_antmaze(self.args),
+        )
         self.episodes.append([size, rewards.double().sum().item(), size - self.start])
 
     def step(self, action: torch.Tensor) -> None:
         """One transition into the replay: a success is terminal with reward 0 in AntMaze, a timeout never terminal."""
         observation, reward, terminated, truncated, _ = self.env.step(action.cpu().numpy())
-        next_state, scalars = self.normalise(observation), torch.tensor([[reward - self.args.antmaze], [terminated]])
+        next_state, scalars = (
+            self.normalise(observation),
+            torch.tensor([[reward - is_antmaze(self.args)], [terminated]]),
+        )
         self.replay.extend([self.state[None], action[None], scalars[0], next_state[None], scalars[1]])
         self.state = next_state
         if terminated or truncated:
@@ -322,6 +337,10 @@ class Explorer:
             print("this environment does not repeat itself: the unfinished episode is cut and a new one begins")
             self.end()
             self.begin()
+
+
+# ---- end of replay and exploration ----
+NORMALIZE_STATES = True  # but for AntMaze
 
 
 # ---- shared by all scripts: data, environments, evaluation, run folder ----
@@ -447,10 +466,14 @@ def read_minari(dataset: minari.MinariDataset, space: gym.Space) -> tuple[Batch,
     return Batch(*rows), timeouts == 1, np.ones(len(timeouts), bool)
 
 
+def is_antmaze(args: Args) -> bool:
+    return "antmaze" in args.env_id.lower().replace("_", "")
+
+
 def load_dataset(args: Args, source: minari.MinariDataset | None, env: gym.Env) -> tuple[Batch, np.ndarray, np.ndarray]:
     """The dataset as a Batch of tensors, and the mean and std, (state_dim,), that normalised its states. Raises Stop.
 
-    AntMaze: reward 0 and terminal at the goal, -1 elsewhere, states as they are (App. C.1).
+    AntMaze: reward 0 and terminal at the goal, -1 elsewhere (App. C.1).
     """
     name, box = args.dataset_path or args.env_id, env.unwrapped.action_space
     if source is not None:
@@ -467,12 +490,13 @@ def load_dataset(args: Args, source: minari.MinariDataset | None, env: gym.Env) 
     a = ((a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)).astype(np.float32)
     require(np.abs(a).max() <= 1 + 1e-3, f"{name} has actions outside the environment's {box.low} to {box.high}.")
     mean, std, ends = np.zeros(s.shape[1]), np.ones(s.shape[1]), timeouts
-    if args.antmaze:
+    if is_antmaze(args):
         require(np.isin(r, (0, 1)).all(), f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere.")
         r, terminals = r - 1, r  # the goal is terminal, yet the recorded episode may go on: it ends at the timeout
     else:
-        mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3
         ends = timeouts | (rows.terminated == 1)
+    if NORMALIZE_STATES and not is_antmaze(args):
+        mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3
     returns = np.diff(np.cumsum(rows.rewards, dtype=np.float64)[ends], prepend=0)
     print(
         f"{name}: {len(r):,} transitions, {ends.sum():,} whole episodes, {int(terminals.sum()):,} terminals, "
@@ -561,12 +585,11 @@ def make_env(args: Args, source: minari.MinariDataset | None, render_mode: str |
             env = gym.make(names[family], **options)
             legacy_inertia(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
         else:
-            if args.antmaze:
+            if is_antmaze(args):
                 import gymnasium_robotics  # noqa: F401  registers AntMaze
 
                 options["continuing_task"] = False  # the episode ends at the goal: a success counts once
-            recover = partial(gym.make, args.env_id) if source is None else partial(source.recover_environment, True)
-            env = recover(**options)
+            env = gym.make(args.env_id, **options) if source is None else source.recover_environment(True, **options)
     box = env.action_space
     bounded = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()
     require(bounded, f"{args.env_id} has the action space {box}; a bounded vector (Box) is needed.")
@@ -598,7 +621,7 @@ def evaluate(act: Callable, envs: gym.vector.VectorEnv, episodes: int, seed: int
 def reference_returns(args: Args, source: minari.MinariDataset | None) -> tuple[float, float]:
     """The returns that mean a score of 0 and of 100; (0, 100), the return itself, where there is no reference."""
     metadata = {} if source is None else source.storage.metadata
-    if args.antmaze:
+    if is_antmaze(args):
         return 0.0, 1.0  # success in percent
     if metadata.get("ref_max_score") is not None:
         return metadata["ref_min_score"], metadata["ref_max_score"]
@@ -677,7 +700,7 @@ def write_dataset(args: Args, explorer: Explorer, references: tuple[float, float
             if start < end:
                 s, a, r, next_s, terminated = (x[start:end] for x in replay.rows)
                 s = torch.cat([s, next_s[-1:]]) * agent.std + agent.mean
-                s, a, r, terminated = (x.cpu().numpy() for x in (s, a, r + args.antmaze, terminated == 1))
+                s, a, r, terminated = (x.cpu().numpy() for x in (s, a, r + is_antmaze(args), terminated == 1))
                 a = (a * (box.high - box.low) / 2 + (box.high + box.low) / 2).astype(np.float32)
                 truncated = ~terminated & (np.arange(len(a)) == len(a) - 1)
                 yield minari.data_collector.EpisodeBuffer(
@@ -845,7 +868,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
                 evaluations.append(score_agent())
                 _, mean, _, score, length, *_ = evaluations[-1]
                 log({"eval/episodic_return": mean, "eval/normalized_score": score, "eval/episodic_length": length})
-                log({"eval/success_rate": score} if args.antmaze else {})
+                log({"eval/success_rate": score} if is_antmaze(args) else {})
                 bar.set_postfix(score=f"{score:.1f}")
                 writer.flush()
                 save()
@@ -877,8 +900,8 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         random, expert = reference_returns(args, source)
         if (random, expert) == (0, 100):  # no reference is known: a random policy's return and the last agent's
             uniform = np.random.default_rng(args.seed)
-            actions = partial(uniform.uniform, -1, 1, (envs.num_envs, action_dim))
-            random = evaluate(lambda _: actions(), envs, args.eval_episodes, eval_seed)[0].mean().item()
+            returns, _ = evaluate(lambda s: uniform.uniform(-1, 1, (len(s), action_dim)), envs, args.eval_episodes, 0)
+            random = returns.mean().item()
             expert = max(evaluations[-1][1], random + 1)
         write_dataset(args, explorer, (random, expert))
 
@@ -892,14 +915,21 @@ def resolve(args: Args) -> Args:
     args = dataclasses.replace(args, **limit)
     alone = not (args.from_scratch and (args.dataset_path or args.checkpoint))
     require(alone, "--from-scratch takes no data: leave out --dataset-path and --checkpoint.")
-    expert = "expert" in Path(args.env_id).name + Path(args.dataset_path or "").name
-    defaults = {"nu": 10.0 if expert else 0.1, "expectile": 0.7, "inverse_temperature": 3.0, "max_weight": 3.0}
+    name = Path(args.env_id).name + Path(args.dataset_path or "").name
+    defaults = {
+        "nu": 10.0 if "expert" in name else 0.1,
+        "expectile": 0.7,
+        "inverse_temperature": 3.0,
+        "max_weight": 3.0,
+    }
     defaults |= {"eval_frequency": 20_000, "eval_episodes": 10}
-    if args.antmaze:
+    if is_antmaze(args):
         defaults = {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0, "max_weight": 100.0}
         defaults |= {"eval_frequency": 50_000, "eval_episodes": 100}
+    sql = 5.0 if "medium-expert" in name else 2.0
+    defaults |= {"in_sample_temperature": sql if args.in_sample == "sql" else 5.0}
     defaults |= {"learning_starts": 25_000 if args.from_scratch else 0}
-    defaults |= {"gamma_online": 0.995 if args.antmaze and "large" in args.env_id.lower() else args.gamma}
+    defaults |= {"gamma_online": 0.995 if is_antmaze(args) and "large" in args.env_id.lower() else args.gamma}
     args = dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
     for name, hint in get_type_hints(Args, include_extras=True).items():
         for span in getattr(hint, "__metadata__", ()):

@@ -1,9 +1,8 @@
 """Doubly Mild Generalization (DMG) for offline RL, in one file.
 
 Mao, Wang, Qu, Jiang, Ji, "Doubly Mild Generalization for Offline Reinforcement Learning", NeurIPS 2024,
-https://arxiv.org/abs/2411.07934. The Bellman target mixes two maxima: over actions near the dataset's (the actor's,
-held there by a penalty nu) with weight lam, and over the dataset's actions (V, an upper expectile) with weight 1 - lam.
-`update` is Algorithm 1; what stands below it is data, evaluation and run keeping.
+https://arxiv.org/abs/2411.07934. `update` is Algorithm 1: the Bellman target mixes the maximum over actions near the
+dataset's (the actor's, held there by a penalty nu), weight lam, and over the dataset's own (V, an upper expectile).
 
     python dmg_offline.py --env-id walker2d-medium-v2 --lam 0.25
 """
@@ -21,7 +20,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_type_hints
 
@@ -86,6 +84,10 @@ class Args:
     """penalty coefficient (nu) (default: 0.1; 10 if the dataset's name holds "expert"; AntMaze 0.5)"""
     expectile: Annotated[float | None, "(0, 1)"] = None
     """expectile of the in-sample maximum (tau) (default: 0.7; AntMaze 0.9)"""
+    in_sample: Literal["iql", "xql", "sql"] = "iql"
+    """how V tends to the in-sample maximum: expectile, Gumbel regression or sparse Q-learning (Table 3)"""
+    in_sample_temperature: Annotated[float | None, "(0, inf)"] = None
+    """beta of xql, alpha of sql (default: xql 5; sql 2, or 5 if the dataset's name holds "medium-expert")"""
     inverse_temperature: Annotated[float | None, "[0, inf)"] = None
     """inverse temperature of the advantage weights (alpha) (default: 3; AntMaze 10)"""
     max_weight: Annotated[float | None, "(0, inf)"] = None
@@ -96,10 +98,6 @@ class Args:
     """standard deviation of the target policy's smoothing noise, in units of the action range [-1, 1]"""
     noise_clip: Annotated[float, "[0, inf)"] = 0.5
     """clip of the smoothing noise, same unit"""
-
-    @property
-    def antmaze(self) -> bool:
-        return "antmaze" in self.env_id.lower().replace("_", "")
 
 
 # ---- shared by all scripts: networks ----
@@ -150,6 +148,20 @@ def minimise(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 # ---- end of networks ----
+# ---- shared by DMG and IQL: value loss ----
+def in_sample_value_loss(target_q: torch.Tensor, v: torch.Tensor, args: Args) -> torch.Tensor:
+    """Loss of V(s), (B,), that draws it to the maximum of Q'(s, a), (B,), over the dataset's actions (Eq. 15)."""
+    u = target_q - v
+    if args.in_sample == "iql":  # expectile
+        return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
+    if args.in_sample == "xql":  # Gumbel regression, scaled by its largest term
+        z = (u / args.in_sample_temperature).clamp(max=7)
+        return ((z.exp() - z - 1) * (-z.max().clamp(min=-1).detach()).exp()).mean()
+    t = u / (2 * args.in_sample_temperature) + 1
+    return (t.clamp(min=0).square() + v / args.in_sample_temperature).mean()
+
+
+# ---- end of value loss ----
 # ---- shared by the DMG scripts: agent, losses, update ----
 class Agent(nn.Module):
     """The networks of Algorithm 1, their optimisers, and the mean and std that normalise raw states."""
@@ -171,11 +183,6 @@ class Agent(nn.Module):
         self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.value_optimizer)
 
 
-def in_sample_value_loss(u: torch.Tensor, args: Args) -> torch.Tensor:
-    """Expectile loss of u = Q'(s, a) - V(s), (B,) -> () (Eq. 15): V tends to the maximum over dataset actions."""
-    return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
-
-
 def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_actor: bool) -> dict[str, torch.Tensor]:
     """One iteration of Algorithm 1 on `batch`; noise: (B, action_dim), standard normal. Returns detached scalars."""
     s, a, r, next_s, terminated = batch
@@ -184,7 +191,7 @@ def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_a
     with torch.no_grad():
         target_q = agent.critic_target(s, a).amin(0)
     v = agent.value(s)
-    value_loss = in_sample_value_loss(target_q - v, args)
+    value_loss = in_sample_value_loss(target_q, v, args)
     minimise(value_loss, agent.value_optimizer)
 
     # critic (Eq. 16): a share lam of the target may generalize to the actor's action, the rest is in-sample
@@ -224,6 +231,9 @@ def actor_learning_rate(step: int, args: Args) -> float:
     updates_done, all_updates = step // args.policy_frequency - 1, max(args.gradient_steps // args.policy_frequency, 1)
     progress = min(updates_done / all_updates, 1.0)
     return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+NORMALIZE_STATES = True  # but for AntMaze
 
 
 # ---- shared by all scripts: data, environments, evaluation, run folder ----
@@ -349,10 +359,14 @@ def read_minari(dataset: minari.MinariDataset, space: gym.Space) -> tuple[Batch,
     return Batch(*rows), timeouts == 1, np.ones(len(timeouts), bool)
 
 
+def is_antmaze(args: Args) -> bool:
+    return "antmaze" in args.env_id.lower().replace("_", "")
+
+
 def load_dataset(args: Args, source: minari.MinariDataset | None, env: gym.Env) -> tuple[Batch, np.ndarray, np.ndarray]:
     """The dataset as a Batch of tensors, and the mean and std, (state_dim,), that normalised its states. Raises Stop.
 
-    AntMaze: reward 0 and terminal at the goal, -1 elsewhere, states as they are (App. C.1).
+    AntMaze: reward 0 and terminal at the goal, -1 elsewhere (App. C.1).
     """
     name, box = args.dataset_path or args.env_id, env.unwrapped.action_space
     if source is not None:
@@ -369,12 +383,13 @@ def load_dataset(args: Args, source: minari.MinariDataset | None, env: gym.Env) 
     a = ((a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)).astype(np.float32)
     require(np.abs(a).max() <= 1 + 1e-3, f"{name} has actions outside the environment's {box.low} to {box.high}.")
     mean, std, ends = np.zeros(s.shape[1]), np.ones(s.shape[1]), timeouts
-    if args.antmaze:
+    if is_antmaze(args):
         require(np.isin(r, (0, 1)).all(), f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere.")
         r, terminals = r - 1, r  # the goal is terminal, yet the recorded episode may go on: it ends at the timeout
     else:
-        mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3
         ends = timeouts | (rows.terminated == 1)
+    if NORMALIZE_STATES and not is_antmaze(args):
+        mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3
     returns = np.diff(np.cumsum(rows.rewards, dtype=np.float64)[ends], prepend=0)
     print(
         f"{name}: {len(r):,} transitions, {ends.sum():,} whole episodes, {int(terminals.sum()):,} terminals, "
@@ -463,12 +478,11 @@ def make_env(args: Args, source: minari.MinariDataset | None, render_mode: str |
             env = gym.make(names[family], **options)
             legacy_inertia(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
         else:
-            if args.antmaze:
+            if is_antmaze(args):
                 import gymnasium_robotics  # noqa: F401  registers AntMaze
 
                 options["continuing_task"] = False  # the episode ends at the goal: a success counts once
-            recover = partial(gym.make, args.env_id) if source is None else partial(source.recover_environment, True)
-            env = recover(**options)
+            env = gym.make(args.env_id, **options) if source is None else source.recover_environment(True, **options)
     box = env.action_space
     bounded = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()
     require(bounded, f"{args.env_id} has the action space {box}; a bounded vector (Box) is needed.")
@@ -500,7 +514,7 @@ def evaluate(act: Callable, envs: gym.vector.VectorEnv, episodes: int, seed: int
 def reference_returns(args: Args, source: minari.MinariDataset | None) -> tuple[float, float]:
     """The returns that mean a score of 0 and of 100; (0, 100), the return itself, where there is no reference."""
     metadata = {} if source is None else source.storage.metadata
-    if args.antmaze:
+    if is_antmaze(args):
         return 0.0, 1.0  # success in percent
     if metadata.get("ref_max_score") is not None:
         return metadata["ref_min_score"], metadata["ref_max_score"]
@@ -657,7 +671,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
                 evaluations.append(score_agent())
                 _, mean, _, score, length, *_ = evaluations[-1]
                 log({"eval/episodic_return": mean, "eval/normalized_score": score, "eval/episodic_length": length})
-                log({"eval/success_rate": score} if args.antmaze else {})
+                log({"eval/success_rate": score} if is_antmaze(args) else {})
                 bar.set_postfix(score=f"{score:.1f}")
                 writer.flush()
                 save()
@@ -678,12 +692,19 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
 def resolve(args: Args) -> Args:
     """Fill in the defaults that depend on the dataset (App. C.1, Table 5) and check the ranges. Raises Stop."""
-    expert = "expert" in Path(args.env_id).name + Path(args.dataset_path or "").name
-    defaults = {"nu": 10.0 if expert else 0.1, "expectile": 0.7, "inverse_temperature": 3.0, "max_weight": 3.0}
+    name = Path(args.env_id).name + Path(args.dataset_path or "").name
+    defaults = {
+        "nu": 10.0 if "expert" in name else 0.1,
+        "expectile": 0.7,
+        "inverse_temperature": 3.0,
+        "max_weight": 3.0,
+    }
     defaults |= {"eval_frequency": 20_000, "eval_episodes": 10}
-    if args.antmaze:
+    if is_antmaze(args):
         defaults = {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0, "max_weight": 100.0}
         defaults |= {"eval_frequency": 50_000, "eval_episodes": 100}
+    sql = 5.0 if "medium-expert" in name else 2.0
+    defaults |= {"in_sample_temperature": sql if args.in_sample == "sql" else 5.0}
     args = dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
     for name, hint in get_type_hints(Args, include_extras=True).items():
         for span in getattr(hint, "__metadata__", ()):

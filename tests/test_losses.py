@@ -8,26 +8,32 @@ import torch
 from dmg_offline import Args, actor_learning_rate, in_sample_value_loss
 
 Q = torch.tensor([-2, -0.5, 0, 1, 20], dtype=torch.float64)
+XQL, SQL = {"in_sample": "xql"}, {"in_sample": "sql"}
 
 
 @pytest.mark.parametrize(
-    "expectile, loss, gradient",
+    "settings, loss, gradient",
     [
-        (0.7, 54.7624, [0.276, 0.096, 0.036, -0.196, -5.516]),
-        (0.9, 70.0648, [0.092, 0.032, 0.012, -0.252, -7.092]),
+        ({"expectile": 0.7}, 54.7624, [0.276, 0.096, 0.036, -0.196, -5.516]),
+        ({"expectile": 0.9}, 70.0648, [0.092, 0.032, 0.012, -0.252, -7.092]),
+        (XQL | {"in_sample_temperature": 5}, 0.18123428, [0.00028683, 0.00011502, 0.0000453, -0.0001169, -0.03922207]),
+        (XQL | {"in_sample_temperature": 2}, 0.19865347, [0.00006231, 0.00003006, 0.0000127, -0.00003821, 0]),
+        (SQL | {"in_sample_temperature": 2}, 7.7825, [0.0575, 0.02, 0.0075, -0.0175, -0.4925]),
+        (SQL | {"in_sample_temperature": 5}, 2.5292, [0.0092, 0.0032, 0.0012, -0.0028, -0.0788]),
     ],
 )
-def test_expectile_loss_and_its_gradient_with_respect_to_v(expectile, loss, gradient):
+def test_value_loss_and_its_gradient_with_respect_to_v(settings, loss, gradient):
     v = torch.full_like(Q, 0.3, requires_grad=True)
-    found = in_sample_value_loss(Q - v, Args(expectile=expectile))
-    assert found.item() == pytest.approx(loss, abs=1e-10)
-    torch.testing.assert_close(torch.autograd.grad(found, v)[0], torch.tensor(gradient, dtype=torch.float64))
+    found = in_sample_value_loss(Q, v, Args(**settings))
+    assert found.item() == pytest.approx(loss, abs=1e-8)
+    expected = torch.tensor(gradient, dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.grad(found, v)[0], expected, rtol=0, atol=1e-8)
 
 
 def test_expectile_loss_is_smallest_at_the_expectile():
     args = Args(expectile=0.9)
     v = torch.linspace(-2, 20, 22001, dtype=torch.float64)
-    best = v[torch.stack([in_sample_value_loss(Q - x, args) for x in v]).argmin()]
+    best = v[torch.stack([in_sample_value_loss(Q, x.expand_as(Q), args) for x in v]).argmin()]
     above, below = (Q - best).clamp(min=0).sum(), (best - Q).clamp(min=0).sum()
     assert (0.9 * above).item() == pytest.approx((0.1 * below).item(), abs=1e-2)  # first-order condition
 

@@ -1,0 +1,681 @@
+"""TD3+BC, offline RL with a behaviour cloning term, in one file.
+
+Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", NeurIPS 2021,
+https://arxiv.org/abs/2106.06860. TD3 on the dataset, whose actor also imitates the dataset's actions.
+`update` is the whole algorithm; what stands below it is data, evaluation and run keeping.
+
+    python td3bc.py --env-id walker2d-medium-v2
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_type_hints
+
+import gymnasium as gym
+import h5py
+import minari
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.envs.mujoco import MujocoEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Args:
+    # ---- shared by all scripts: common arguments ----
+    env_id: str = "walker2d-medium-v2"
+    """a D4RL v2 name, a Minari id (namespace/name-v0), or a Gymnasium id together with --dataset-path"""
+    dataset_path: str | None = None
+    """your own HDF5 file in D4RL's schema; with a D4RL name it is read in place of the downloaded file"""
+    seed: Annotated[int, "[0, inf)"] = 0
+    """seed of networks, batches, noise and evaluation episodes"""
+    cuda: bool = True
+    """train on the GPU if there is one"""
+    torch_deterministic: bool = True
+    """use deterministic kernels, so that one seed gives the same bits again on the same machine"""
+    matmul_precision: Literal["highest", "high", "medium"] = "medium"
+    """torch.set_float32_matmul_precision; on a CPU without AMX "medium" is float32 too, on a GPU it is TF32"""
+    eval_frequency: Annotated[int | None, "[1, inf)"] = None
+    """gradient steps between evaluations, each with a checkpoint (default: 20,000; AntMaze 50,000)"""
+    eval_episodes: Annotated[int | None, "[1, inf)"] = None
+    """whole episodes per evaluation (default: 10; AntMaze 100)"""
+    resume: str | None = None
+    """run folder to continue exactly where its checkpoint stands, with that run's arguments"""
+    eval_only: bool = False
+    """with --resume: score the saved agent, write nothing"""
+    capture_video: bool = False
+    """record the first episode of each evaluation into the run folder (needs moviepy)"""
+    track: bool = False
+    """mirror the TensorBoard log to Weights & Biases (needs wandb)"""
+    wandb_project_name: str = "dmg"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """team of --track"""
+    batch_size: Annotated[int, "[1, inf)"] = 256
+    """transitions per gradient step"""
+    learning_rate: Annotated[float, "(0, inf)"] = 3e-4
+    """Adam's step size for every network"""
+    gamma: Annotated[float, "[0, 1)"] = 0.99
+    """discount factor"""
+    target_update_rate: Annotated[float, "(0, 1]"] = 0.005
+    """Polyak rate of the target networks (xi)"""
+    # ---- end of common arguments ----
+    gradient_steps: Annotated[int, "[1, inf)"] = 1_000_000
+    """number of iterations of the update"""
+    alpha: Annotated[float, "[0, inf)"] = 2.5
+    """weight of Q, which is scaled to mean 1, against the cloning term (alpha)"""
+    policy_frequency: Annotated[int, "[1, inf)"] = 2
+    """critic updates per update of actor and targets (d)"""
+    policy_noise: Annotated[float, "[0, inf)"] = 0.2
+    """standard deviation of the target policy's smoothing noise, in units of the action range [-1, 1]"""
+    noise_clip: Annotated[float, "[0, inf)"] = 0.5
+    """clip of the smoothing noise, same unit"""
+
+
+# ---- shared by all scripts: networks ----
+class Batch(NamedTuple):
+    """Transitions as float32 tensors: states are normalised, actions lie in [-1, 1]."""
+
+    observations: torch.Tensor  # (B, state_dim)
+    actions: torch.Tensor  # (B, action_dim)
+    rewards: torch.Tensor  # (B,)
+    next_observations: torch.Tensor  # (B, state_dim)
+    terminated: torch.Tensor  # (B,), 1 where the episode ended for good; a timeout is 0
+
+
+class TwinLinear(nn.Module):
+    """Two nn.Linear side by side, (2, B, n_in) -> (2, B, n_out), each with nn.Linear's initialisation."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        bound = n_in**-0.5
+        self.weight = nn.Parameter(torch.empty(2, n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, n_out).uniform_(-bound, bound))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def mlp(n_in: int, n_out: int, linear: type[nn.Module] = nn.Linear) -> list[nn.Module]:
+    return [linear(n_in, 256), nn.ReLU(), linear(256, 256), nn.ReLU(), linear(256, n_out)]
+
+
+class TwinCritic(nn.Module):
+    """Q1 and Q2: (B, state_dim), (B, action_dim) -> (2, B)."""
+
+    def __init__(self, state_dim: int, action_dim: int):
+        super().__init__()
+        self.net = nn.Sequential(*mlp(state_dim + action_dim, 1, TwinLinear))
+
+    def forward(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([s, a], -1).expand(2, -1, -1)).squeeze(-1)
+
+
+def minimise(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One optimiser step on its own parameters only; the networks that the loss passes through get no gradient."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+# ---- end of networks ----
+class Agent(nn.Module):
+    """The networks of TD3, their optimisers, and the mean and std that normalise raw states."""
+
+    def __init__(self, state_dim: int, action_dim: int, args: Args, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.actor = nn.Sequential(*mlp(state_dim, action_dim), nn.Tanh())  # (B, state_dim) -> (B, action_dim)
+        self.critic = TwinCritic(state_dim, action_dim)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(state_dim))
+        self.register_buffer("std", torch.ones(state_dim))
+        self.to(device)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.learning_rate, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=True)
+        self.optimizers = (self.actor_optimizer, self.critic_optimizer)
+
+
+def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_actor: bool) -> dict[str, torch.Tensor]:
+    """One iteration of TD3+BC on `batch`; noise: (B, action_dim), standard normal. Returns detached scalars."""
+    s, a, r, next_s, terminated = batch
+
+    # critic: clipped double Q with target policy smoothing
+    with torch.no_grad():
+        smoothing = (noise * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+        next_a = (agent.actor_target(next_s) + smoothing).clamp(-1.0, 1.0)
+        y = r + args.gamma * (1.0 - terminated) * agent.critic_target(next_s, next_a).amin(0)
+    q = agent.critic(s, a)
+    critic_loss = (q - y).square().mean(1).sum()
+    minimise(critic_loss, agent.critic_optimizer)
+
+    metrics = {"critic_loss": critic_loss, "q_values": q.mean()}
+    if update_actor:
+        # actor: maximise alpha Q1 / mean|Q1| and stay near the dataset's actions
+        pi = agent.actor(s)
+        q_pi = agent.critic(s, pi)[0]
+        bc_loss = (pi - a).square().mean()
+        actor_loss = -args.alpha * q_pi.mean() / q_pi.abs().mean().detach() + bc_loss
+        minimise(actor_loss, agent.actor_optimizer)
+
+        # target networks
+        with torch.no_grad():
+            for net, target in ((agent.critic, agent.critic_target), (agent.actor, agent.actor_target)):
+                torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), args.target_update_rate)
+        metrics |= {"actor_loss": actor_loss, "bc_loss": bc_loss}
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+NORMALIZE_STATES = True  # but for AntMaze
+
+
+# ---- shared by all scripts: data, environments, evaluation, run folder ----
+class Stop(Exception):
+    """Ends the program: Stop(sentence, exit code). Codes: 2 wrong input, 3 divergence, 128 + n after signal n."""
+
+
+def require(condition: bool, sentence: str, code: int = 2) -> None:
+    if not condition:
+        raise Stop(sentence, code)
+
+
+@contextmanager
+def explain(what: str, advice: str = "") -> Iterator[None]:
+    """Whatever a library raises over a file, a network or an environment becomes one sentence."""
+    try:
+        yield
+    except Stop:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise Stop(f"{what}: {reason}. {advice}".strip(), 2) from error
+
+
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+EXP_NAME = Path(__file__).stem
+EVAL_COLUMNS = ("step", "return_mean", "return_std", "normalized_score", "length_mean", "episodes", "wall_seconds")
+REFERENCES = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3)}
+D4RL_SHA256 = {  # from tensorflow_datasets' d4rl checksums
+    "halfcheetah-random-v2": "25407aef85b5d16c0f36b4149341edb4acc6a9e88c1db529b2de19e7464874ba",
+    "halfcheetah-medium-v2": "41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0",
+    "halfcheetah-medium-replay-v2": "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683",
+    "halfcheetah-medium-expert-v2": "015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06",
+    "halfcheetah-expert-v2": "d9fe53bb994eb1e20a99b4fa3412cd76a1bb7966a7ff55e0fcbdd6081bd2965f",
+    "hopper-random-v2": "63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054",
+    "hopper-medium-v2": "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0",
+    "hopper-medium-replay-v2": "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b",
+    "hopper-medium-expert-v2": "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
+    "hopper-expert-v2": "01aa219a5f8eea5e639eccdc636ec2bf40e317159a95cf4bf6e985f16909941b",
+    "walker2d-random-v2": "4e863bb6090cf4a461548bd470564b32f1ae5b32ef3085f816b2ede7f092e7fa",
+    "walker2d-medium-v2": "cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda",
+    "walker2d-medium-replay-v2": "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db",
+    "walker2d-medium-expert-v2": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
+    "walker2d-expert-v2": "2985dc3d436a8baa10e8f43f946fe1d7c6337a4e4fbc65def70618093b18c59a",
+    "antmaze-umaze-v2": "5ef15257771c50ef4d23c7de001750e96c8bb5d9b6a5e4a821dcfb3065fbd130",
+    "antmaze-umaze-diverse-v2": "c771dd63963cd7d9f55f24a6d809064f6b82250a6aeac4c9d13f9a1d06e8c932",
+    "antmaze-medium-play-v2": "c9fec1c1daad97c71d61bd47f4ccc9f74faa855b8a2d2e8107d5378018827e5b",
+    "antmaze-medium-diverse-v2": "ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7",
+    "antmaze-large-play-v2": "6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471",
+    "antmaze-large-diverse-v2": "84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284",
+}
+
+
+def download_d4rl(env_id: str) -> Path:
+    """The verified file of a D4RL v2 name in D4RL's cache folder, downloaded if it is not there. Raises Stop."""
+    file = f"gym_mujoco_v2/{env_id[:-3].replace('-', '_')}-v2.hdf5"
+    if env_id.startswith("antmaze"):
+        size, diverse = env_id.split("-")[1], "diverse" in env_id
+        maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[size]
+        starts = diverse or size != "umaze"
+        file = f"ant_maze_v2/Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{diverse}_sparse_fixed.hdf5"
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    path = folder / Path(file).name
+    ways_on = f"Put {path.name} into {folder}, or give --dataset-path, or a Minari id such as mujoco/hopper/medium-v0."
+    with explain(f"cannot fetch {D4RL_URL + file} to {folder}", ways_on):
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            # under a temporary name until it is whole and its hash is right
+            torch.hub.download_url_to_file(D4RL_URL + file, str(path), D4RL_SHA256[env_id])
+        with path.open("rb") as opened:
+            right = hashlib.file_digest(opened, "sha256").hexdigest() == D4RL_SHA256[env_id]
+    require(right, f"{path} is not D4RL's file, its sha256 differs: delete it to download it again. {ways_on}")
+    return path
+
+
+def read_hdf5(path: str | Path) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """Rows of a file in D4RL's schema as numpy arrays, timeouts (N,), and which d4rl.qlearning_dataset keeps (N,).
+
+    The next observation is that of the next row, so the last row and the rows at a timeout have none. Raises Stop.
+    """
+    advice = "D4RL's schema: observations (N, o), actions (N, a), and rewards, terminals, timeouts (N,)."
+    with explain(f"cannot read {path}", advice), h5py.File(path) as file:
+        keys = ("observations", "actions", "rewards", "terminals", "timeouts")
+        s, a, *columns = (file[key].astype(np.float32)[()] for key in keys)
+    n, shapes = len(s), [x.shape for x in (s, a, *columns)]
+    fits = s.ndim == a.ndim == 2 and len(a) == n and all(x.shape in ((n,), (n, 1)) for x in columns)
+    require(fits, f"{path} has shapes {shapes}. {advice}")
+    r, terminals, timeouts = (x.reshape(n) for x in columns)
+    require(np.isin([terminals, timeouts], (0, 1)).all(), f"{path} has terminals or timeouts other than 0 and 1.")
+    keep = (timeouts == 0) & (np.arange(len(s)) < len(s) - 1)
+    return Batch(s, a, r, np.concatenate([s[1:], s[:1]]), terminals), timeouts == 1, keep
+
+
+def open_minari(args: Args) -> minari.MinariDataset | None:
+    """The Minari dataset of --env-id, downloaded if it is not there; None for other kinds of id. Raises Stop."""
+    name = args.env_id
+    if name in D4RL_SHA256 or args.dataset_path:
+        return None
+    shipped = Path(__file__).resolve().parent / "datasets" / name / "data"
+    folder = shipped if shipped.exists() else minari.storage.datasets_root_dir.get_dataset_path(name) / "data"
+    known = f"a D4RL v2 name ({', '.join(D4RL_SHA256)}), a Minari id (mujoco/hopper/medium-v0)"
+    require("/" in name or folder.exists(), f"unknown --env-id {name}: give {known} or --dataset-path.")
+    ways_on = f"Put its main_data.hdf5 and metadata.json into {folder}, or use a D4RL name, or --dataset-path."
+    with explain(f"cannot load the Minari dataset {name}", ways_on):
+        return minari.MinariDataset(folder) if folder == shipped else minari.load_dataset(name, download=True)
+
+
+def read_minari(dataset: minari.MinariDataset, space: gym.Space) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """As read_hdf5, observations flattened as FlattenObservation does; no row lacks its next observation."""
+
+    def flatten(space: gym.Space, x) -> np.ndarray:
+        parts = [flatten(sub, x[key]) for key, sub in space.items()] if isinstance(space, gym.spaces.Dict) else [x]
+        return np.concatenate([np.reshape(part, (len(part), -1)) for part in parts], -1)
+
+    episodes = []
+    with explain(f"cannot read {dataset.storage.data_path}", "Is the Minari dataset complete?"):
+        for episode in dataset.iterate_episodes():
+            s, terminals = flatten(space, episode.observations), episode.terminations
+            require(len(s) == len(terminals) + 1, f"{dataset.spec.dataset_id} lacks the last state of an episode.")
+            timeouts = ~terminals & (np.arange(len(terminals)) == len(terminals) - 1)
+            episodes.append((s[:-1], episode.actions, episode.rewards, s[1:], terminals, timeouts))
+        *rows, timeouts = (np.concatenate(x, dtype=np.float32, casting="unsafe") for x in zip(*episodes, strict=True))
+    return Batch(*rows), timeouts == 1, np.ones(len(timeouts), bool)
+
+
+def is_antmaze(args: Args) -> bool:
+    return "antmaze" in args.env_id.lower().replace("_", "")
+
+
+def load_dataset(args: Args, source: minari.MinariDataset | None, env: gym.Env) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """The dataset as a Batch of tensors, and the mean and std, (state_dim,), that normalised its states. Raises Stop.
+
+    AntMaze: reward 0 and terminal at the goal, -1 elsewhere (App. C.1).
+    """
+    name, box = args.dataset_path or args.env_id, env.unwrapped.action_space
+    if source is not None:
+        rows, timeouts, keep = read_minari(source, env.unwrapped.observation_space)
+    else:
+        rows, timeouts, keep = read_hdf5(args.dataset_path or download_d4rl(name))
+    require(keep.any(), f"{name} holds no transition.")
+    for key, shape in (("observations", env.observation_space.shape), ("actions", box.shape)):
+        found = getattr(rows, key).shape[1:]
+        require(found == shape, f"{name} has {key} of shape {found}, its environment has {shape}.")
+    for key, x in rows._asdict().items():
+        require(np.isfinite(x).all(), f"{name} has NaN, Inf or numbers beyond float32 in {key}: remove these rows.")
+    s, a, r, next_s, terminals = (x[keep] for x in rows)
+    a = ((a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)).astype(np.float32)
+    require(np.abs(a).max() <= 1 + 1e-3, f"{name} has actions outside the environment's {box.low} to {box.high}.")
+    mean, std, ends = np.zeros(s.shape[1]), np.ones(s.shape[1]), timeouts
+    if is_antmaze(args):
+        require(np.isin(r, (0, 1)).all(), f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere.")
+        r, terminals = r - 1, r  # the goal is terminal, yet the recorded episode may go on: it ends at the timeout
+    else:
+        ends = timeouts | (rows.terminated == 1)
+    if NORMALIZE_STATES and not is_antmaze(args):
+        mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3
+    returns = np.diff(np.cumsum(rows.rewards, dtype=np.float64)[ends], prepend=0)
+    print(
+        f"{name}: {len(r):,} transitions, {ends.sum():,} whole episodes, {int(terminals.sum()):,} terminals, "
+        f"{timeouts.sum():,} timeouts, mean return {returns.sum() / max(1, len(returns)):.2f}, "
+        f"rewards {rows.rewards.min():.2f} to {rows.rewards.max():.2f}"
+    )
+    mean, std = mean.astype(np.float32), std.astype(np.float32)
+    batch = Batch((s - mean) / std, a, r, (next_s - mean) / std, terminals)
+    return Batch(*map(torch.from_numpy, batch)), mean, std
+
+
+def legacy_inertia(model: mujoco.MjModel, spec: mujoco.MjSpec) -> None:
+    """Give `model`, compiled from `spec`, the masses and inertias of MuJoCo 2.1.0, where D4RL's scores were taken.
+
+    A capsule then weighed as a cylinder half a radius longer at each end; exact ones make D4RL's policies fall.
+    """
+    spec.compile()  # gives the geoms their ids
+    for geom in spec.geoms:
+        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:
+            radius, half_length, _ = model.geom_size[geom.id]
+            geom.type, geom.size = mujoco.mjtGeom.mjGEOM_CYLINDER, [radius, half_length + radius / 2, 0]
+            geom.pos, geom.quat, geom.fromto[:] = model.geom_pos[geom.id], model.geom_quat[geom.id], np.nan
+    legacy = spec.compile()
+    for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
+        getattr(model, field)[:] = getattr(legacy, field)
+    mujoco.mj_setConst(model, mujoco.MjData(model))
+
+
+class D4RLAntMaze(MujocoEnv):
+    """D4RL's antmaze-*-v2: observation qpos (15) and qvel (14), reward 1 and the end within 0.5 of the goal.
+
+    Gymnasium's ant in Gymnasium-Robotics' mazes with D4RL's time step, contacts, torque, frame (the start cell is the
+    origin, +y runs down the map), reset and goal noise (d4rl/locomotion/{ant,maze_env,goal_reaching_env}.py).
+    """
+
+    metadata = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 10}
+
+    def __init__(self, maze: str, render_mode: str | None = None):
+        self.maze = maze
+        space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
+        view = {"distance": 70.0, "elevation": -90.0}  # the whole maze from above
+        super().__init__("ant.xml", 5, space, render_mode, camera_id=-1, default_camera_config=view)
+
+    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        from gymnasium_robotics.envs.maze.maps import LARGE_MAZE, MEDIUM_MAZE, U_MAZE  # not at the top: it prints
+
+        mazes = {"umaze": (U_MAZE, (0, 8)), "medium": (MEDIUM_MAZE, (20, 20)), "large": (LARGE_MAZE, (32, 24))}
+        maze, self.goal_cell = mazes[self.maze]
+        spec = mujoco.MjSpec.from_file(self.fullpath)
+        spec.option.timestep = 0.02
+        for motor in spec.actuators:
+            motor.gear[0] = 30
+        wall = {"type": mujoco.mjtGeom.mjGEOM_BOX, "size": [2, 2, 1], "contype": 1, "conaffinity": 1}
+        for i, j in np.argwhere(np.array(maze) == 1):
+            spec.worldbody.add_geom(pos=[4 * (j - 1), 4 * (i - 1), 1], **wall)
+        for geom in spec.geoms:
+            geom.solimp[:3] = 0.8, 0.8, 0.01
+        spec.worldbody.add_site(name="goal", pos=[*self.goal_cell, 0.5], size=[0.5, 0.5, 0.5], rgba=[1, 0, 0, 1])
+        model = spec.compile()
+        legacy_inertia(model, spec)
+        return model, mujoco.MjData(model)
+
+    def reset_model(self) -> np.ndarray:
+        self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
+        self.model.site("goal").pos[:2] = self.goal
+        qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
+        self.set_state(qpos, self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv))
+        return self.state_vector()
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.do_simulation(action, self.frame_skip)
+        reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
+        return self.state_vector(), float(reached), reached, False, {}
+
+
+def make_env(args: Args, source: minari.MinariDataset | None, render_mode: str | None = None) -> gym.Env:
+    """The evaluation environment of --env-id, with vector observations and actions in [-1, 1]. Raises Stop."""
+    family, kind = args.env_id.split("-")[:2] if args.env_id in D4RL_SHA256 else ("", "")
+    options = {"render_mode": render_mode} if render_mode else {}
+    ignored = warnings.catch_warnings(action="ignore")  # -v4 and its XML are out of date on purpose
+    with explain(f"cannot make the environment of {args.env_id}"), ignored:
+        if family == "antmaze":
+            env = gym.wrappers.TimeLimit(D4RLAntMaze(kind, **options), 700 if kind == "umaze" else 1000)
+        elif family:
+            names = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}
+            env = gym.make(names[family], **options)
+            legacy_inertia(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
+        else:
+            if is_antmaze(args):
+                import gymnasium_robotics  # noqa: F401  registers AntMaze
+
+                options["continuing_task"] = False  # the episode ends at the goal: a success counts once
+            env = gym.make(args.env_id, **options) if source is None else source.recover_environment(True, **options)
+    box = env.action_space
+    bounded = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()
+    require(bounded, f"{args.env_id} has the action space {box}; a bounded vector (Box) is needed.")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    if (box.low != -1).any() or (box.high != 1).any():
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return env
+
+
+def evaluate(act: Callable, envs: gym.vector.VectorEnv, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and lengths, (episodes,) each, of the first episode after a reset with seed, seed + 1, ...
+
+    act: raw observations (n, state_dim) -> actions (n, action_dim). Each of these episodes is played to its end and
+    counted, so short ones have no advantage.
+    """
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    for first in range(0, episodes, envs.num_envs):
+        observations, _ = envs.reset(seed=seed + first)
+        number = np.arange(first, first + envs.num_envs)  # of the episode in each environment
+        while (playing := number < episodes).any():
+            observations, rewards, terminated, truncated, _ = envs.step(act(observations))
+            returns[number[playing]] += rewards[playing]
+            lengths[number[playing]] += 1
+            number[terminated | truncated] = episodes
+    return returns, lengths
+
+
+def reference_returns(args: Args, source: minari.MinariDataset | None) -> tuple[float, float]:
+    """The returns that mean a score of 0 and of 100; (0, 100), the return itself, where there is no reference."""
+    metadata = {} if source is None else source.storage.metadata
+    if is_antmaze(args):
+        return 0.0, 1.0  # success in percent
+    if metadata.get("ref_max_score") is not None:
+        return metadata["ref_min_score"], metadata["ref_max_score"]
+    env_id = args.env_id if source is None else source.recover_environment(eval_env=True).spec.id
+    return REFERENCES.get(env_id.lower().split("-")[0], (0.0, 100.0))
+
+
+def normalized_score(args: Args, source: minari.MinariDataset | None, returns: np.ndarray) -> np.ndarray:
+    """100 (R - random) / (expert - random), in percent; AntMaze: success rate."""
+    random, expert = reference_returns(args, source)
+    return 100 * (returns - random) / (expert - random)
+
+
+def write(path: Path, writer: Callable[[Path], object]) -> None:
+    """writer(temporary path), then a rename, so that `path` is whole at every moment. Raises Stop."""
+    with explain(f"cannot write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer(path.with_name(path.name + ".tmp"))
+        os.replace(path.with_name(path.name + ".tmp"), path)
+
+
+def new_run_folder(args: Args) -> Path:
+    """runs/{env_id}__{exp_name}__{seed}__{time}, with args.json in it."""
+    now, name = int(time.time()), f"{args.env_id.replace('/', '-')}__{EXP_NAME}__{args.seed}"
+    while (folder := Path("runs", f"{name}__{now}")).exists():
+        now += 1  # another run began in the same second
+    record = dataclasses.asdict(args) | {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
+    with suppress(OSError):  # no git
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    write(folder / "args.json", lambda path: path.write_text(json.dumps(record, indent=2)))
+    return folder
+
+
+def load_checkpoint(folder: str, script: str = EXP_NAME) -> dict:
+    """What `train` of `script` saved in a run folder, with those of its arguments that this script has. Raises Stop."""
+    with explain(f"cannot load {folder}", "Give a folder of runs/ that holds a checkpoint.pt."):
+        checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        found, args = checkpoint["script"], checkpoint["args"]
+        require(found == script, f"{folder} was written by {found}.py, one of {script}.py is needed.")
+        known = args if script == EXP_NAME else vars(Args()).keys() & args
+        return checkpoint | {"args": Args(**{name: args[name] for name in known})}
+
+
+# ---- end of data, environments, evaluation, run folder ----
+def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[], list[int]] = list) -> None:
+    """Train, from `checkpoint` on if there is one, until done or a signal number is in the list of catch_signals().
+
+    Raises Stop: wrong input, divergence (the last good checkpoint stays), a signal (after a checkpoint).
+    """
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.manual_seed(args.seed)
+    source = open_minari(args)
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(args, source)] * min(args.eval_episodes, 10))
+    (state_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    agent = Agent(state_dim, action_dim, args, device)
+    generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
+    step, evaluations, started, eval_seed = 0, [], time.time(), 1000 * (args.seed + 1)
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        generator.set_state(checkpoint["generator"])
+        step, evaluations, started = checkpoint["step"], checkpoint["evaluations"], started - checkpoint["seconds"]
+
+    def heed_signals() -> None:
+        if signals:
+            losses()  # a diverged agent must not replace the last good one
+            save()
+            raise Stop(f"stopped at step {step:,}: go on with --resume {folder}", 128 + signals[0])
+
+    @torch.no_grad()
+    def act(observations: np.ndarray) -> np.ndarray:
+        heed_signals()
+        s = torch.as_tensor(observations, dtype=torch.float32, device=device)
+        return agent.actor((s - agent.mean) / agent.std).cpu().numpy()
+
+    def score_agent() -> list:
+        returns, lengths = evaluate(act, envs, args.eval_episodes, eval_seed)
+        mean, std, score = returns.mean().item(), returns.std().item(), normalized_score(args, source, returns).mean()
+        tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}, score {score:.1f}")
+        return [step, mean, std, score.item(), lengths.mean().item(), len(returns), time.time() - started]
+
+    signals: list[int] = []
+    if args.eval_only:
+        score_agent()
+        return
+    dataset, mean, std = load_dataset(args, source, envs.envs[0])
+    signals = catch_signals()  # loading ends at once, training with a checkpoint
+    same = not checkpoint or np.array_equal(mean, agent.mean.cpu())
+    require(same, f"{args.dataset_path or args.env_id} is not the dataset that {args.resume} was trained on.")
+    agent.mean.copy_(torch.from_numpy(mean))
+    agent.std.copy_(torch.from_numpy(std))
+    dataset = Batch(*(x.to(device) for x in dataset))
+    folder = Path(args.resume) if args.resume else new_run_folder(args)
+    print(f"run folder: {folder}")
+
+    def log(values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    def losses() -> dict[str, float]:
+        values = {f"losses/{name}": value.item() for name, value in metrics.items()}
+        if not all(map(math.isfinite, values.values())):
+            log({"eval/diverged": 1})
+            raise Stop(f"diverged at step {step:,}: {values}; the last good checkpoint stays in {folder}", 3)
+        return values
+
+    def save() -> None:
+        state = {"script": EXP_NAME, "args": dataclasses.asdict(args) | {"resume": None}, "step": step}
+        state |= {"agent": agent.state_dict(), "optimizers": [x.state_dict() for x in agent.optimizers]}
+        state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
+        csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
+        write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        write(folder / "eval.csv", lambda path: path.write_text(csv))
+
+    def film() -> None:
+        if not args.capture_video:
+            return
+        with explain("--capture-video needs moviepy and OpenGL (MUJOCO_GL=egl or osmesa)"):
+            env = make_env(args, source, "rgb_array")
+            env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=f"step-{step}")
+            evaluate(act, gym.vector.SyncVectorEnv([lambda: env]), 1, eval_seed)
+            env.close()
+
+    if args.track:
+        with explain("--track needs Weights & Biases (pip install wandb, wandb login)"):
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
+            wandb.init(**names, config=vars(args), sync_tensorboard=True)
+    metrics, timed_step, timed = {}, step, time.time()
+    # purge_step hides what a killed run logged past its checkpoint
+    bar = tqdm(total=args.gradient_steps, initial=step, unit=" steps", desc=str(device))
+    with bar, SummaryWriter(str(folder), purge_step=step + 1) as writer:
+        if not checkpoint:
+            table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
+            writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
+            save()
+        film()  # before any step: shows at once what it lacks
+        while True:
+            finished = step >= args.gradient_steps
+            due = (finished or step % args.eval_frequency == 0) and step > (evaluations[-1][0] if evaluations else 0)
+            if metrics and (due or step % 1000 == 0):
+                log(losses())
+                log({"charts/SPS": (step - timed_step) / (time.time() - timed)})
+                timed_step, timed = step, time.time()
+            if due:
+                evaluations.append(score_agent())
+                _, mean, _, score, length, *_ = evaluations[-1]
+                log({"eval/episodic_return": mean, "eval/normalized_score": score, "eval/episodic_length": length})
+                log({"eval/success_rate": score} if is_antmaze(args) else {})
+                bar.set_postfix(score=f"{score:.1f}")
+                writer.flush()
+                save()
+                film()
+                timed_step, timed = step, time.time()
+            if finished:
+                return
+            heed_signals()
+
+            step += 1
+            index = torch.randint(len(dataset.rewards), (args.batch_size,), generator=generator, device=device)
+            noise = torch.randn(args.batch_size, action_dim, generator=generator, device=device)
+            batch = Batch(*(x[index] for x in dataset))
+            metrics |= update(agent, batch, noise, args, update_actor=step % args.policy_frequency == 0)
+            bar.update()
+
+
+def resolve(args: Args) -> Args:
+    """Fill in the defaults that depend on the dataset and check the ranges. Raises Stop."""
+    defaults = {"eval_frequency": 20_000, "eval_episodes": 10}
+    if is_antmaze(args):
+        defaults = {"eval_frequency": 50_000, "eval_episodes": 100}
+    args = dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
+    for name, hint in get_type_hints(Args, include_extras=True).items():
+        for span in getattr(hint, "__metadata__", ()):
+            x, (low, high) = getattr(args, name), map(float, span[1:-1].split(","))
+            inside = low <= x <= high and (x > low or span[0] == "[") and (x < high or span[-1] == "]")
+            require(inside, f"--{name.replace('_', '-')} {x} is outside {span}.")
+    require(bool(args.resume) or not args.eval_only, "--eval-only scores a saved agent: add --resume runs/<name>.")
+    return args
+
+
+def main() -> int:
+    """Train or resume by the command line; a Stop becomes its sentence on stderr and its exit code."""
+    signals: list[int] = []
+
+    def catch_signals() -> list[int]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
+        return signals  # a second signal ends at once
+
+    args, checkpoint = tyro.cli(Args), None
+    try:
+        if args.resume:
+            checkpoint = load_checkpoint(args.resume)
+            args = tyro.cli(Args, default=checkpoint["args"])
+        args = resolve(args)
+        print(", ".join(f"{name}={value}" for name, value in vars(args).items()))
+        train(args, checkpoint, catch_signals)
+        return 0
+    except Stop as stop:
+        print(stop.args[0], file=sys.stderr)
+        return stop.args[1]
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
