@@ -329,11 +329,12 @@ class Explorer:
         self.replay.extend(rows)
         self.episodes = episodes
         self.begin()
+        last, over = self.replay.size - 1, False
         for action in self.replay.rows.actions[self.start : self.replay.size]:
-            observation, *_ = self.env.step(action.cpu().numpy())
-            self.state = self.normalise(observation)
-        last = self.replay.size - 1
-        if last >= self.start and not self.state.equal(self.replay.rows.next_observations[last]):
+            if not over:
+                observation, _, terminated, truncated, _ = self.env.step(action.cpu().numpy())
+                self.state, over = self.normalise(observation), terminated or truncated
+        if over or (last >= self.start and not self.state.equal(self.replay.rows.next_observations[last])):
             print("this environment does not repeat itself: the unfinished episode is cut and a new one begins")
             self.end()
             self.begin()
@@ -667,21 +668,23 @@ def load_checkpoint(folder: str, script: str = EXP_NAME) -> dict:
 
 
 # ---- end of data, environments, evaluation, run folder ----
-def check_save_dataset(args: Args, env: gym.Env) -> None:
+def check_save_dataset(args: Args) -> None:
     """Refuse at the start what --save-dataset could not write at the end. Raises Stop."""
     if args.save_dataset:
         name, plain = args.save_dataset, args.env_id not in D4RL_SHA256
         with explain(f"--save-dataset {name} is not a Minari id", "Give one such as my/hopper/medium-replay-v0."):
             minari.dataset.minari_dataset.parse_dataset_id(name)
-        path = minari.storage.datasets_root_dir.get_dataset_path(name)
+        with explain(f"--save-dataset {name} cannot be written"):
+            path = minari.storage.datasets_root_dir.get_dataset_path(name)
         require(not path.exists(), f"--save-dataset {name}: {path} exists already; delete it or choose another id.")
+        require(args.online_steps > 0, "--save-dataset writes online transitions: --online-steps 0 makes none.")
         require(plain, f"--save-dataset needs a Gymnasium or Minari id: no Minari set can recover {args.env_id}.")
 
 
-def write_dataset(args: Args, explorer: Explorer, references: tuple[float, float]) -> None:
+def write_dataset(args: Args, explorer: Explorer, references: tuple[float | None, float | None]) -> None:
     """The online transitions as the Minari dataset of --save-dataset, float32 and compressed, whole or not at all.
 
-    references: the returns that mean a score of 0 and 100. Actions are in the environment's own units. Raises Stop.
+    references: the returns that mean a score of 0 and 100, if known. Actions have the environment's units. Raises Stop.
     """
     replay, agent, env = explorer.replay, explorer.agent, explorer.env
     box, space = env.unwrapped.action_space, env.unwrapped.observation_space
@@ -718,9 +721,10 @@ def write_dataset(args: Args, explorer: Explorer, references: tuple[float, float
 
     spec = copy.copy(env.spec)
     spec.additional_wrappers = ()  # without them, as the transitions are recorded
-    path, root = (minari.storage.datasets_root_dir.get_dataset_path(name) for name in (args.save_dataset, None))
-    quiet, beside = warnings.catch_warnings(action="ignore"), tempfile.TemporaryDirectory(prefix=".", dir=root)
-    with explain(f"cannot write {path}"), quiet, beside as temporary:
+    with explain(f"cannot write the Minari dataset {args.save_dataset}"):
+        path, root = (minari.storage.datasets_root_dir.get_dataset_path(name) for name in (args.save_dataset, None))
+        beside = tempfile.TemporaryDirectory(prefix=".", dir=root)
+    with explain(f"cannot write {path}"), warnings.catch_warnings(action="ignore"), beside as temporary:
         os.environ["MINARI_DATASETS_PATH"] = temporary  # Minari would write in place
         try:
             dataset = minari.create_dataset_from_buffers(
@@ -749,7 +753,8 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
-    source = None if args.from_scratch and "/" not in args.env_id else open_minari(args)
+    plain = args.from_scratch and ("/" not in args.env_id or args.env_id in gym.registry)
+    source = None if plain else open_minari(args)
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, source)] * min(args.eval_episodes, 10))
     (state_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     agent = Agent(state_dim, action_dim, args, device)
@@ -789,7 +794,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     if args.eval_only:
         score_agent()
         return
-    check_save_dataset(args, envs.envs[0])
+    check_save_dataset(args)
     if args.from_scratch:
         widths = {"observations": (state_dim,), "actions": (action_dim,), "next_observations": (state_dim,)}
         dataset = Batch(*(torch.empty(0, *widths.get(name, ())) for name in Batch._fields))
@@ -824,7 +829,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         state |= {"agent": agent.state_dict(), "optimizers": [x.state_dict() for x in agent.optimizers]}
         state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
         online = [x[replay.first : replay.size].cpu().clone() for x in replay.rows]
-        state |= {"online": (online, explorer.episodes)}
+        state |= {"metrics": metrics, "online": (online, explorer.episodes)}
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
         write(folder / "eval.csv", lambda path: path.write_text(csv))
@@ -844,8 +849,9 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
             wandb.init(**names, config=vars(args), sync_tensorboard=True)
-    metrics, lr, timed_step, timed = {}, agent.actor_optimizer.param_groups[0]["lr"], step, time.time()
-    begun, total, in_force = step, args.offline_steps + args.online_steps, args
+    metrics, timed_step, timed = checkpoint["metrics"] if args.resume else {}, step, time.time()
+    begun, lr = step, agent.actor_optimizer.param_groups[0]["lr"]
+    total, in_force = args.offline_steps + args.online_steps, args
     # purge_step hides what a killed run logged past its checkpoint
     bar = tqdm(total=total, initial=step, unit=" steps", desc=str(device))
     with bar, SummaryWriter(str(folder), purge_step=step + 1) as writer:
@@ -890,6 +896,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
                         action = (agent.actor(explorer.state) + args.exploration_noise * noise).clamp(-1, 1)
                 explorer.step(action)
                 if t < args.learning_starts:
+                    metrics.clear()
                     continue
             lr.fill_(actor_learning_rate(step, args))
             index = torch.randint(replay.size, (args.batch_size,), generator=generator, device=device)
@@ -897,24 +904,25 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
             batch = Batch(*(x[index] for x in replay.rows))
             metrics |= update(agent, batch, noise, in_force, update_actor=step % args.policy_frequency == 0)
     if args.save_dataset:
-        random, expert = reference_returns(args, source)
-        if (random, expert) == (0, 100):  # no reference is known: a random policy's return and the last agent's
-            uniform = np.random.default_rng(args.seed)
-            returns, _ = evaluate(lambda s: uniform.uniform(-1, 1, (len(s), action_dim)), envs, args.eval_episodes, 0)
-            random = returns.mean().item()
-            expert = max(evaluations[-1][1], random + 1)
-        write_dataset(args, explorer, (random, expert))
+        references = reference_returns(args, source)
+        if references == (0, 100):  # none is known: a random policy's return, and the last agent's if it is better
+            uniform, last = np.random.default_rng(args.seed), evaluations[-1][1]
+            returns, _ = evaluate(
+                lambda s: uniform.uniform(-1, 1, (len(s), action_dim)), envs, args.eval_episodes, eval_seed
+            )
+            references = (returns.mean().item(), last) if last > returns.mean() else (None, None)
+        write_dataset(args, explorer, references)
 
 
 def resolve(args: Args) -> Args:
     """Fill in the defaults that depend on the dataset (App. C, Table 5) and check the ranges. Raises Stop."""
+    alone = not (args.from_scratch and (args.dataset_path or args.checkpoint))
+    require(alone, "--from-scratch takes no data: leave out --dataset-path and --checkpoint.")
     limit = {"offline_steps": 0, "lam": 1.0, "lam_end": 1.0, "nu": 0.0, "nu_end": 0.0} if args.from_scratch else {}
     for name, x in limit.items():
         flag, given = name.replace("_", "-"), getattr(args, name)
         require(given in (x, getattr(Args, name)), f"--from-scratch is TD3, which sets --{flag} {x}: leave it out.")
     args = dataclasses.replace(args, **limit)
-    alone = not (args.from_scratch and (args.dataset_path or args.checkpoint))
-    require(alone, "--from-scratch takes no data: leave out --dataset-path and --checkpoint.")
     name = Path(args.env_id).name + Path(args.dataset_path or "").name
     defaults = {
         "nu": 10.0 if "expert" in name else 0.1,

@@ -321,11 +321,12 @@ class Explorer:
         self.replay.extend(rows)
         self.episodes = episodes
         self.begin()
+        last, over = self.replay.size - 1, False
         for action in self.replay.rows.actions[self.start : self.replay.size]:
-            observation, *_ = self.env.step(action.cpu().numpy())
-            self.state = self.normalise(observation)
-        last = self.replay.size - 1
-        if last >= self.start and not self.state.equal(self.replay.rows.next_observations[last]):
+            if not over:
+                observation, _, terminated, truncated, _ = self.env.step(action.cpu().numpy())
+                self.state, over = self.normalise(observation), terminated or truncated
+        if over or (last >= self.start and not self.state.equal(self.replay.rows.next_observations[last])):
             print("this environment does not repeat itself: the unfinished episode is cut and a new one begins")
             self.end()
             self.begin()
@@ -734,7 +735,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         state |= {"agent": agent.state_dict(), "optimizers": [x.state_dict() for x in agent.optimizers]}
         state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
         online = [x[replay.first : replay.size].cpu().clone() for x in replay.rows]
-        state |= {"online": (online, explorer.episodes)}
+        state |= {"metrics": metrics, "online": (online, explorer.episodes)}
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
         write(folder / "eval.csv", lambda path: path.write_text(csv))
@@ -754,8 +755,9 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
             wandb.init(**names, config=vars(args), sync_tensorboard=True)
-    metrics, lr, timed_step, timed = {}, agent.actor_optimizer.param_groups[0]["lr"], step, time.time()
-    begun, total = step, args.gradient_steps + args.online_steps
+    metrics, timed_step, timed = checkpoint["metrics"] if args.resume else {}, step, time.time()
+    begun, lr = step, agent.actor_optimizer.param_groups[0]["lr"]
+    total = args.gradient_steps + args.online_steps
     # purge_step hides what a killed run logged past its checkpoint
     bar = tqdm(total=total, initial=step, unit=" steps", desc=str(device))
     with bar, SummaryWriter(str(folder), purge_step=step + 1) as writer:
@@ -801,6 +803,8 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
 def resolve(args: Args) -> Args:
     """Fill in the defaults that depend on the dataset and on --in-sample, and check the ranges. Raises Stop."""
+    alone = not (args.from_scratch and (args.dataset_path or args.checkpoint))
+    require(alone, "--from-scratch takes no data: leave out --dataset-path and --checkpoint.")
     beta, alpha = (0.6, 0.1) if is_antmaze(args) else (2.0, 1.0)
     defaults = {"in_sample_temperature": alpha if args.in_sample == "sql" else beta}
     defaults |= {"huber_threshold": 20.0 if args.in_sample == "xql" else math.inf}

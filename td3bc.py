@@ -580,6 +580,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         state = {"script": EXP_NAME, "args": dataclasses.asdict(args) | {"resume": None}, "step": step}
         state |= {"agent": agent.state_dict(), "optimizers": [x.state_dict() for x in agent.optimizers]}
         state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
+        state |= {"metrics": metrics}
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
         write(folder / "eval.csv", lambda path: path.write_text(csv))
@@ -599,7 +600,8 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
             wandb.init(**names, config=vars(args), sync_tensorboard=True)
-    metrics, timed_step, timed = {}, step, time.time()
+    metrics, timed_step, timed = checkpoint["metrics"] if checkpoint else {}, step, time.time()
+    begun = step
     # purge_step hides what a killed run logged past its checkpoint
     bar = tqdm(total=args.gradient_steps, initial=step, unit=" steps", desc=str(device))
     with bar, SummaryWriter(str(folder), purge_step=step + 1) as writer:
@@ -611,7 +613,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         while True:
             finished = step >= args.gradient_steps
             due = (finished or step % args.eval_frequency == 0) and step > (evaluations[-1][0] if evaluations else 0)
-            if metrics and (due or step % 1000 == 0):
+            if step > begun and (due or step % 1000 == 0):
                 log(losses())
                 log({"charts/SPS": (step - timed_step) / (time.time() - timed)})
                 timed_step, timed = step, time.time()
