@@ -44,8 +44,8 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # ---- shared by all scripts: common arguments ----
-    env_id: str = "walker2d-medium-v2"
-    """a D4RL v2 name, a Minari id (namespace/name-v0), or a Gymnasium id together with --dataset-path"""
+    env_id: str = "dmg/halfcheetah/medium-replay-v0"
+    """a D4RL v2 name, a Minari id (this one ships in datasets/), or a Gymnasium id together with --dataset-path"""
     dataset_path: str | None = None
     """your own HDF5 file in D4RL's schema; with a D4RL name it is read in place of the downloaded file"""
     seed: Annotated[int, "[0, inf)"] = 0
@@ -797,10 +797,11 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     check_save_dataset(args)
     if args.from_scratch:
         widths = {"observations": (state_dim,), "actions": (action_dim,), "next_observations": (state_dim,)}
-        dataset = Batch(*(torch.empty(0, *widths.get(name, ())) for name in Batch._fields))
+        digest, dataset = "", Batch(*(torch.empty(0, *widths.get(name, ())) for name in Batch._fields))
     else:
         dataset, mean, std = load_dataset(args, source, envs.envs[0])
-        same = not checkpoint or np.array_equal(mean, agent.mean.cpu())
+        digest = hashlib.sha256(dataset.observations.numpy()).hexdigest()
+        same = not checkpoint or checkpoint["digest"] == digest
         trained_on = f"the dataset that {args.resume or args.checkpoint} was trained on"
         require(same, f"{args.dataset_path or args.env_id} is not {trained_on}.")
         agent.mean.copy_(torch.from_numpy(mean))
@@ -829,7 +830,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         state |= {"agent": agent.state_dict(), "optimizers": [x.state_dict() for x in agent.optimizers]}
         state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
         online = [x[replay.first : replay.size].cpu().clone() for x in replay.rows]
-        state |= {"metrics": metrics, "online": (online, explorer.episodes)}
+        state |= {"metrics": metrics, "digest": digest, "online": (online, explorer.episodes)}
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
         write(folder / "eval.csv", lambda path: path.write_text(csv))

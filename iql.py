@@ -41,8 +41,8 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # ---- shared by all scripts: common arguments ----
-    env_id: str = "walker2d-medium-v2"
-    """a D4RL v2 name, a Minari id (namespace/name-v0), or a Gymnasium id together with --dataset-path"""
+    env_id: str = "dmg/halfcheetah/medium-replay-v0"
+    """a D4RL v2 name, a Minari id (this one ships in datasets/), or a Gymnasium id together with --dataset-path"""
     dataset_path: str | None = None
     """your own HDF5 file in D4RL's schema; with a D4RL name it is read in place of the downloaded file"""
     seed: Annotated[int, "[0, inf)"] = 0
@@ -709,6 +709,9 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         score_agent()
         return
     dataset, *_ = load_dataset(args, source, envs.envs[0])
+    digest = hashlib.sha256(dataset.observations.numpy()).hexdigest()
+    same = not checkpoint or checkpoint["digest"] == digest
+    require(same, f"{args.dataset_path or args.env_id} is not the dataset that {args.resume} was trained on.")
     dataset = dataset._replace(actions=dataset.actions.clamp(-1 + 1e-5, 1 - 1e-5))
     scale = 1.0 if is_antmaze(args) else reward_scale(dataset)
     signals = catch_signals()  # loading ends at once, training with a checkpoint
@@ -735,7 +738,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         state |= {"agent": agent.state_dict(), "optimizers": [x.state_dict() for x in agent.optimizers]}
         state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
         online = [x[replay.first : replay.size].cpu().clone() for x in replay.rows]
-        state |= {"metrics": metrics, "online": (online, explorer.episodes)}
+        state |= {"metrics": metrics, "digest": digest, "online": (online, explorer.episodes)}
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
         write(folder / "eval.csv", lambda path: path.write_text(csv))
@@ -803,8 +806,6 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
 def resolve(args: Args) -> Args:
     """Fill in the defaults that depend on the dataset and on --in-sample, and check the ranges. Raises Stop."""
-    alone = not (args.from_scratch and (args.dataset_path or args.checkpoint))
-    require(alone, "--from-scratch takes no data: leave out --dataset-path and --checkpoint.")
     beta, alpha = (0.6, 0.1) if is_antmaze(args) else (2.0, 1.0)
     defaults = {"in_sample_temperature": alpha if args.in_sample == "sql" else beta}
     defaults |= {"huber_threshold": 20.0 if args.in_sample == "xql" else math.inf}

@@ -39,8 +39,8 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # ---- shared by all scripts: common arguments ----
-    env_id: str = "walker2d-medium-v2"
-    """a D4RL v2 name, a Minari id (namespace/name-v0), or a Gymnasium id together with --dataset-path"""
+    env_id: str = "dmg/halfcheetah/medium-replay-v0"
+    """a D4RL v2 name, a Minari id (this one ships in datasets/), or a Gymnasium id together with --dataset-path"""
     dataset_path: str | None = None
     """your own HDF5 file in D4RL's schema; with a D4RL name it is read in place of the downloaded file"""
     seed: Annotated[int, "[0, inf)"] = 0
@@ -556,9 +556,10 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         score_agent()
         return
     dataset, mean, std = load_dataset(args, source, envs.envs[0])
-    signals = catch_signals()  # loading ends at once, training with a checkpoint
-    same = not checkpoint or np.array_equal(mean, agent.mean.cpu())
+    digest = hashlib.sha256(dataset.observations.numpy()).hexdigest()
+    same = not checkpoint or checkpoint["digest"] == digest
     require(same, f"{args.dataset_path or args.env_id} is not the dataset that {args.resume} was trained on.")
+    signals = catch_signals()  # loading ends at once, training with a checkpoint
     agent.mean.copy_(torch.from_numpy(mean))
     agent.std.copy_(torch.from_numpy(std))
     dataset = Batch(*(x.to(device) for x in dataset))
@@ -580,7 +581,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         state = {"script": EXP_NAME, "args": dataclasses.asdict(args) | {"resume": None}, "step": step}
         state |= {"agent": agent.state_dict(), "optimizers": [x.state_dict() for x in agent.optimizers]}
         state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
-        state |= {"metrics": metrics}
+        state |= {"metrics": metrics, "digest": digest}
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
         write(folder / "eval.csv", lambda path: path.write_text(csv))

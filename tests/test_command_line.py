@@ -14,7 +14,7 @@ from conftest import d4rl_arrays, write_hdf5
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dmg_offline
-from dmg_offline import Args, Stop, load_checkpoint, main, resolve, train
+from dmg_offline import Args, Stop, load_checkpoint, main, resolve
 
 
 @pytest.fixture
@@ -202,14 +202,6 @@ def test_the_file_runs_alone_in_another_folder(small, tmp_path, monkeypatch):
     assert module.main() == 0
     (folder,) = Path("runs").iterdir()
     assert "__my_copy__" in folder.name
-
-
-def test_the_algorithm_stands_before_line_230():
-    lines = Path(dmg_offline.__file__).read_text().splitlines()
-    (first_block,) = (i for i, line in enumerate(lines) if line.startswith("# ---- shared by all scripts: data"))
-    assert first_block < 230
-    assert any(line.startswith("def update(") for line in lines[:first_block])
-    assert train.__module__ == "dmg_offline"
 
 
 def test_flags_beside_resume_replace_the_saved_ones(cli, small, tmp_path):
