@@ -570,6 +570,7 @@ def make_env(args: Args, source: minari.MinariDataset | None, render_mode: str |
     family, kind = args.env_id.split("-")[:2] if args.env_id in D4RL_SHA256 else ("", "")
     options = {"render_mode": render_mode} if render_mode else {}
     ignored = warnings.catch_warnings(action="ignore")  # -v4 and its XML are out of date on purpose
+    mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
     with explain(f"cannot make the environment of {args.env_id}"), ignored:
         if family == "antmaze":
             env = gym.wrappers.TimeLimit(D4RLAntMaze(kind, **options), 700 if kind == "umaze" else 1000)

@@ -348,3 +348,12 @@ def test_unusable_environment_is_one_sentence(env_id, word):
     with pytest.raises(Stop, match=word) as stop:
         make(env_id, "any.hdf5")
     assert stop.value.args[1] == 2
+
+
+def test_half_cheetahs_outdated_xml_is_not_mentioned_but_other_warnings_are(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env = make_env(Args(env_id="HalfCheetah-v5", dataset_path="own.hdf5"), None)
+    assert capfd.readouterr().err == "" and not list(tmp_path.iterdir())
+    env.reset(seed=0)
+    env.unwrapped.do_simulation(np.full(6, np.nan), 1)
+    assert "unstable" in capfd.readouterr().err
