@@ -735,8 +735,10 @@ def write_dataset(args: Args, explorer: Explorer, references: tuple[float | None
         finally:
             os.environ["MINARI_DATASETS_PATH"] = str(root)
         file = dataset.storage.data_path / "main_data.hdf5"
-        with h5py.File(file) as old, h5py.File(file.with_suffix(".tmp"), "w", libver="latest", track_order=True) as new:
-            compress(old, new)
+        with h5py.File(file.with_suffix(".tmp"), "w", libver="latest", track_order=True) as new:
+            for name in (f"episode_{i}" for i in range(len(dataset))):
+                with h5py.File(file) as old:  # opened anew each time: HDF5 keeps memory for every array it has read
+                    compress(old[name], new.create_group(name, track_order=True))
         os.replace(file.with_suffix(".tmp"), file)
         dataset.storage.update_metadata({"dataset_size": dataset.storage.get_size()})
         path.parent.mkdir(parents=True, exist_ok=True)
