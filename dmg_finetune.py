@@ -125,7 +125,7 @@ class Args:
 
 # ---- shared by all scripts: networks ----
 class Batch(NamedTuple):
-    """Transitions as float32 tensors: states are normalised, actions lie in [-1, 1]."""
+    """Transitions as float32 tensors: states as the networks see them, actions in [-1, 1]."""
 
     observations: torch.Tensor  # (B, state_dim)
     actions: torch.Tensor  # (B, action_dim)
@@ -210,7 +210,7 @@ def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_a
     """One iteration of Algorithm 1 on `batch`; noise: (B, action_dim), standard normal. Returns detached scalars."""
     s, a, r, next_s, terminated = batch
 
-    # in-sample maximum (Eq. 15): V(s) is the upper expectile of Q'(s, a) over the dataset's actions
+    # in-sample maximum (Eq. 15): V(s) tends to the largest Q'(s, a) over the dataset's actions
     with torch.no_grad():
         target_q = agent.critic_target(s, a).amin(0)
     v = agent.value(s)
@@ -299,19 +299,15 @@ class Explorer:
         self.state = self.normalise(observation)
 
     def end(self) -> None:
-        size, rewards = (
-            self.replay.size,
-            self.replay.rows.rewards[self.start : self.replay.size] + is_antmaze(self.args),
-        )
-        self.episodes.append([size, rewards.double().sum().item(), size - self.start])
+        start, size = self.start, self.replay.size
+        rewards = self.replay.rows.rewards[start:size].double() + is_antmaze(self.args)
+        self.episodes.append([size, rewards.sum().item(), size - start])
 
     def step(self, action: torch.Tensor) -> None:
         """One transition into the replay: a success is terminal with reward 0 in AntMaze, a timeout never terminal."""
         observation, reward, terminated, truncated, _ = self.env.step(action.cpu().numpy())
-        next_state, scalars = (
-            self.normalise(observation),
-            torch.tensor([[reward - is_antmaze(self.args)], [terminated]]),
-        )
+        next_state = self.normalise(observation)
+        scalars = torch.tensor([[reward - is_antmaze(self.args)], [terminated]])
         self.replay.extend([self.state[None], action[None], scalars[0], next_state[None], scalars[1]])
         self.state = next_state
         if terminated or truncated:
@@ -331,9 +327,10 @@ class Explorer:
         self.begin()
         last, over = self.replay.size - 1, False
         for action in self.replay.rows.actions[self.start : self.replay.size]:
-            if not over:
-                observation, _, terminated, truncated, _ = self.env.step(action.cpu().numpy())
-                self.state, over = self.normalise(observation), terminated or truncated
+            observation, _, terminated, truncated, _ = self.env.step(action.cpu().numpy())
+            self.state, over = self.normalise(observation), terminated or truncated
+            if over:
+                break
         if over or (last >= self.start and not self.state.equal(self.replay.rows.next_observations[last])):
             print("this environment does not repeat itself: the unfinished episode is cut and a new one begins")
             self.end()
@@ -672,14 +669,15 @@ def load_checkpoint(folder: str, script: str = EXP_NAME) -> dict:
 def check_save_dataset(args: Args) -> None:
     """Refuse at the start what --save-dataset could not write at the end. Raises Stop."""
     if args.save_dataset:
-        name, plain = args.save_dataset, args.env_id not in D4RL_SHA256
+        name = args.save_dataset
         with explain(f"--save-dataset {name} is not a Minari id", "Give one such as my/hopper/medium-replay-v0."):
             minari.dataset.minari_dataset.parse_dataset_id(name)
         with explain(f"--save-dataset {name} cannot be written"):
             path = minari.storage.datasets_root_dir.get_dataset_path(name)
         require(not path.exists(), f"--save-dataset {name}: {path} exists already; delete it or choose another id.")
         require(args.online_steps > 0, "--save-dataset writes online transitions: --online-steps 0 makes none.")
-        require(plain, f"--save-dataset needs a Gymnasium or Minari id: no Minari set can recover {args.env_id}.")
+        recoverable = args.env_id not in D4RL_SHA256
+        require(recoverable, f"--save-dataset needs a Gymnasium or Minari id: no set can recover {args.env_id}.")
 
 
 def write_dataset(args: Args, explorer: Explorer, references: tuple[float | None, float | None]) -> None:

@@ -102,7 +102,7 @@ class Args:
 
 # ---- shared by all scripts: networks ----
 class Batch(NamedTuple):
-    """Transitions as float32 tensors: states are normalised, actions lie in [-1, 1]."""
+    """Transitions as float32 tensors: states as the networks see them, actions in [-1, 1]."""
 
     observations: torch.Tensor  # (B, state_dim)
     actions: torch.Tensor  # (B, action_dim)
@@ -187,7 +187,7 @@ def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_a
     """One iteration of Algorithm 1 on `batch`; noise: (B, action_dim), standard normal. Returns detached scalars."""
     s, a, r, next_s, terminated = batch
 
-    # in-sample maximum (Eq. 15): V(s) is the upper expectile of Q'(s, a) over the dataset's actions
+    # in-sample maximum (Eq. 15): V(s) tends to the largest Q'(s, a) over the dataset's actions
     with torch.no_grad():
         target_q = agent.critic_target(s, a).amin(0)
     v = agent.value(s)

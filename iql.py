@@ -102,7 +102,7 @@ class Args:
 
 # ---- shared by all scripts: networks ----
 class Batch(NamedTuple):
-    """Transitions as float32 tensors: states are normalised, actions lie in [-1, 1]."""
+    """Transitions as float32 tensors: states as the networks see them, actions in [-1, 1]."""
 
     observations: torch.Tensor  # (B, state_dim)
     actions: torch.Tensor  # (B, action_dim)
@@ -246,7 +246,7 @@ def actor_learning_rate(step: int, args: Args) -> float:
 
 
 def reward_scale(dataset: Batch) -> float:
-    """1000 / (largest - smallest return) over trajectories, cut where a next state is not the next row's (Sec. 5.1)."""
+    """1000 / (largest - smallest return) over trajectories, cut where a next state is not the next row's (its code)."""
     ends = dataset.terminated == 1
     ends[:-1] |= (dataset.observations[1:] - dataset.next_observations[:-1]).norm(dim=1) > 1e-6
     ends[-1] = True
@@ -291,19 +291,15 @@ class Explorer:
         self.state = self.normalise(observation)
 
     def end(self) -> None:
-        size, rewards = (
-            self.replay.size,
-            self.replay.rows.rewards[self.start : self.replay.size] + is_antmaze(self.args),
-        )
-        self.episodes.append([size, rewards.double().sum().item(), size - self.start])
+        start, size = self.start, self.replay.size
+        rewards = self.replay.rows.rewards[start:size].double() + is_antmaze(self.args)
+        self.episodes.append([size, rewards.sum().item(), size - start])
 
     def step(self, action: torch.Tensor) -> None:
         """One transition into the replay: a success is terminal with reward 0 in AntMaze, a timeout never terminal."""
         observation, reward, terminated, truncated, _ = self.env.step(action.cpu().numpy())
-        next_state, scalars = (
-            self.normalise(observation),
-            torch.tensor([[reward - is_antmaze(self.args)], [terminated]]),
-        )
+        next_state = self.normalise(observation)
+        scalars = torch.tensor([[reward - is_antmaze(self.args)], [terminated]])
         self.replay.extend([self.state[None], action[None], scalars[0], next_state[None], scalars[1]])
         self.state = next_state
         if terminated or truncated:
@@ -323,9 +319,10 @@ class Explorer:
         self.begin()
         last, over = self.replay.size - 1, False
         for action in self.replay.rows.actions[self.start : self.replay.size]:
-            if not over:
-                observation, _, terminated, truncated, _ = self.env.step(action.cpu().numpy())
-                self.state, over = self.normalise(observation), terminated or truncated
+            observation, _, terminated, truncated, _ = self.env.step(action.cpu().numpy())
+            self.state, over = self.normalise(observation), terminated or truncated
+            if over:
+                break
         if over or (last >= self.start and not self.state.equal(self.replay.rows.next_observations[last])):
             print("this environment does not repeat itself: the unfinished episode is cut and a new one begins")
             self.end()

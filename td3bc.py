@@ -90,7 +90,7 @@ class Args:
 
 # ---- shared by all scripts: networks ----
 class Batch(NamedTuple):
-    """Transitions as float32 tensors: states are normalised, actions lie in [-1, 1]."""
+    """Transitions as float32 tensors: states as the networks see them, actions in [-1, 1]."""
 
     observations: torch.Tensor  # (B, state_dim)
     actions: torch.Tensor  # (B, action_dim)
