@@ -47,10 +47,16 @@ class Args:
     """your own HDF5 file in D4RL's schema; with a D4RL name it is read in place of the downloaded file"""
     seed: Annotated[int, "[0, inf)"] = 0
     """seed of networks, batches, noise and evaluation episodes"""
+    num_seeds: Annotated[int, "[1, inf)"] = 1
+    """train this many agents side by side in one process, seeds seed, seed + 1, ..., each in its own run folder"""
     cuda: bool = True
     """train on the GPU if there is one"""
     torch_deterministic: bool = True
     """use deterministic kernels, so that one seed gives the same bits again on the same machine"""
+    compile: bool = False
+    """compile the update into machine code of its own (needs a C++ compiler; a minute at the first start)"""
+    cudagraphs: bool = True
+    """on a GPU, launch the whole update as one CUDA graph"""
     matmul_precision: Literal["highest", "high", "medium"] = "medium"
     """torch.set_float32_matmul_precision; on a CPU without AMX "medium" is float32 too, on a GPU it is TF32"""
     eval_frequency: Annotated[int | None, "[1, inf)"] = None
@@ -139,12 +145,32 @@ class TwinCritic(nn.Module):
         return self.net(torch.cat([s, a], -1).expand(2, -1, -1)).squeeze(-1)
 
 
-def minimise(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One optimiser step on its own parameters only; the networks that the loss passes through get no gradient."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
-    optimizer.step()
+class Adam:
+    """Adam written out, with all that changes in tensors: a compiled update or a CUDA graph can hold it."""
+
+    def __init__(self, net: nn.Module, learning_rate: float):
+        self.parameters = list(net.parameters())
+        self.m, self.v = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+        scalar = {"dtype": torch.float64, "device": self.m[0].device}
+        self.step, self.learning_rate = torch.tensor(0, **scalar), torch.tensor(learning_rate, **scalar)
+
+    def minimise(self, loss: torch.Tensor) -> None:
+        """One step on the parameters of `net`; other networks that the loss passes through get no gradient."""
+        gradients = torch.autograd.grad(loss, self.parameters)
+        with torch.no_grad():
+            self.step += 1
+            step_size = self.learning_rate / (1 - 0.9**self.step)
+            torch._foreach_lerp_(self.m, gradients, 1 - 0.9)
+            torch._foreach_mul_(self.v, 0.999)
+            torch._foreach_addcmul_(self.v, gradients, gradients, 1 - 0.999)
+            divisor = torch._foreach_sqrt(self.v)
+            torch._foreach_div_(divisor, (1 - 0.999**self.step).sqrt().to(loss.dtype))
+            torch._foreach_add_(divisor, 1e-8)
+            torch._foreach_div_(divisor, step_size.to(loss.dtype))
+            torch._foreach_addcdiv_(self.parameters, self.m, divisor, -1)
+
+    def state(self) -> list[torch.Tensor]:
+        return [self.step, *self.m, *self.v]
 
 
 # ---- end of networks ----
@@ -171,7 +197,7 @@ class GaussianActor(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, s: torch.Tensor) -> torch.distributions.Normal:
-        return torch.distributions.Normal(self.mean(s), self.log_std.clamp(-5.0, 2.0).exp())
+        return torch.distributions.Normal(self.mean(s), self.log_std.clamp(-5.0, 2.0).exp(), validate_args=False)
 
 
 class Agent(nn.Module):
@@ -194,10 +220,9 @@ class Agent(nn.Module):
         self.register_buffer("mean", torch.zeros(state_dim))
         self.register_buffer("std", torch.ones(state_dim))
         self.to(device)
-        lr = torch.tensor(args.learning_rate, device=device)  # a tensor can change under a captured CUDA graph
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.learning_rate, fused=True)
-        self.value_optimizer = torch.optim.Adam(self.value.parameters(), lr=args.learning_rate, fused=True)
+        self.actor_optimizer = Adam(self.actor, args.learning_rate)
+        self.critic_optimizer = Adam(self.critic, args.learning_rate)
+        self.value_optimizer = Adam(self.value, args.learning_rate)
         self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.value_optimizer)
 
 
@@ -210,7 +235,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
         target_q = agent.critic_target(s, a).amin(0)
     v = agent.value(s)
     value_loss = in_sample_value_loss(target_q, v, args)
-    minimise(value_loss, agent.value_optimizer)
+    agent.value_optimizer.minimise(value_loss)
 
     # actor (Eq. 7): imitate the dataset's actions, those of high advantage more
     with torch.no_grad():
@@ -218,7 +243,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
         exponent = (args.inverse_temperature * advantage).clamp(max=math.log(args.max_weight))
         weight = advantage.clamp(0.0, args.max_weight) if args.linear_weights else exponent.exp()
     actor_loss = -(weight * agent.actor(s).log_prob(a).sum(-1)).mean()
-    minimise(actor_loss, agent.actor_optimizer)
+    agent.actor_optimizer.minimise(actor_loss)
 
     # critic (Eq. 6): bootstrapped from V, not from an action
     with torch.no_grad():
@@ -228,7 +253,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
         critic_loss = (q - y).square().mean(1).sum()
     else:
         critic_loss = 2 * nn.functional.huber_loss(q, y.expand_as(q), delta=args.huber_threshold)
-    minimise(critic_loss, agent.critic_optimizer)
+    agent.critic_optimizer.minimise(critic_loss)
 
     # target critic
     with torch.no_grad():
@@ -658,17 +683,89 @@ def load_checkpoint(folder: str, script: str = EXP_NAME) -> dict:
 
 
 # ---- end of data, environments, evaluation, run folder ----
+# ---- shared by all scripts: speed and seeds ----
+def capture(step: Callable[[], dict]) -> Callable[[], dict]:
+    """A function that replays the GPU's work of `step` as one CUDA graph; capturing runs nothing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        metrics = step()
+
+    def replay() -> dict:
+        graph.replay()
+        return metrics
+
+    return replay
+
+
+def accelerate(step: Callable[[bool], dict], args: Args, device: torch.device) -> Callable[[bool], dict]:
+    """`step(update_actor)` without Python's and the launches' overhead; it must change tensors in place only.
+
+    With --compile the whole of it is one compiled function. On a GPU it is a CUDA graph for either value, captured at
+    the fourth call, when three plain ones have warmed up the libraries; where that fails, it goes on without.
+    """
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the compiled function
+        torch._dynamo.config.recompile_limit = 1000  # one for each seed
+        compiled = torch.compile(step, fullgraph=True, options={"cpp_wrapper": device.type == "cpu"})
+
+        def step(update_actor: bool) -> dict:
+            with explain("--compile failed", "It needs a C++ compiler (g++ or clang++): install one or leave it out."):
+                return compiled(update_actor)
+
+    if device.type != "cuda" or not args.cudagraphs:
+        return step
+    calls, replays = [0, 0], {}
+
+    def launch(update_actor: bool) -> dict:
+        calls[update_actor] += 1
+        if calls[update_actor] == 4:
+            try:
+                replays[update_actor] = capture(lambda: step(update_actor))
+            except RuntimeError as error:
+                tqdm.write(f"no CUDA graph, training goes on without it: {error}")
+        return replays[update_actor]() if update_actor in replays else step(update_actor)
+
+    return launch
+
+
+def take_turns(runs: list[Iterator[None]]) -> None:
+    """Advance each run by a step in turn until all have ended; one that stops leaves the others on. Raises Stop."""
+    stops: list[Stop] = []
+    while runs:
+        for run in list(runs):
+            try:
+                if next(run, "ended") == "ended":
+                    runs.remove(run)
+            except Stop as stop:
+                stops.append(stop)
+                runs.remove(run)
+    if stops:
+        raise Stop("\n".join(stop.args[0] for stop in stops), max(stop.args[1] for stop in stops))
+
+
+# ---- end of speed and seeds ----
 def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[], list[int]] = list) -> None:
     """Train, from `checkpoint` on if there is one, until done or a signal number is in the list of catch_signals().
 
     Raises Stop: wrong input, divergence (the last good checkpoint stays), a signal (after a checkpoint).
     """
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory here
     torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.manual_seed(args.seed)
     source = open_minari(args)
+    data = None if args.eval_only else load_dataset(args, source, make_env(args, source))
+    signals = [] if args.eval_only else catch_signals()  # loading ends at once, training with a checkpoint
+    seeds = [dataclasses.replace(args, seed=args.seed + i, num_seeds=1) for i in range(args.num_seeds)]
+    take_turns([train_seed(x, source, data, checkpoint, signals) for x in seeds])
+
+
+def train_seed(
+    args: Args, source: minari.MinariDataset | None, data: tuple | None, checkpoint: dict | None, signals: list[int]
+) -> Iterator[None]:
+    """The training of one seed on `data` as load_dataset gives it, a gradient step at each `next`."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
     envs = gym.vector.SyncVectorEnv([lambda: make_env(args, source)] * min(args.eval_episodes, 10))
     (state_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
     agent = Agent(state_dim, action_dim, args, device)
@@ -677,7 +774,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            torch._foreach_copy_(optimizer.state(), state)
         generator.set_state(checkpoint["generator"])
         step, evaluations, started = checkpoint["step"], checkpoint["evaluations"], started - checkpoint["seconds"]
         taken = len(checkpoint["online"][0][0])
@@ -702,17 +799,15 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}, score {score:.1f}")
         return [step, mean, std, score.item(), lengths.mean().item(), len(returns), time.time() - started]
 
-    signals: list[int] = []
     if args.eval_only:
         score_agent()
         return
-    dataset, *_ = load_dataset(args, source, envs.envs[0])
+    dataset, *_ = data
     digest = hashlib.sha256(dataset.observations.numpy()).hexdigest()
     same = not checkpoint or checkpoint["digest"] == digest
     require(same, f"{args.dataset_path or args.env_id} is not the dataset that {args.resume} was trained on.")
     dataset = dataset._replace(actions=dataset.actions.clamp(-1 + 1e-5, 1 - 1e-5))
     scale = 1.0 if is_antmaze(args) else reward_scale(dataset)
-    signals = catch_signals()  # loading ends at once, training with a checkpoint
     replay = Replay(dataset, args.online_steps, device)
     explorer = Explorer(make_env(args, source), replay, agent, args)
     explorer.restore(*(checkpoint["online"] if args.resume else ([x[:0] for x in dataset], [])))
@@ -725,6 +820,8 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
             writer.add_scalar(name, value, step)
 
     def losses() -> dict[str, float]:
+        if stream:
+            stream.synchronize()
         values = {f"losses/{name}": value.item() for name, value in metrics.items()}
         if not all(map(math.isfinite, values.values())):
             log({"eval/diverged": 1})
@@ -733,7 +830,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
     def save() -> None:
         state = {"script": EXP_NAME, "args": dataclasses.asdict(args) | {"resume": None}, "step": step}
-        state |= {"agent": agent.state_dict(), "optimizers": [x.state_dict() for x in agent.optimizers]}
+        state |= {"agent": agent.state_dict(), "optimizers": [x.state() for x in agent.optimizers]}
         state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
         online = [x[replay.first : replay.size].cpu().clone() for x in replay.rows]
         state |= {"metrics": metrics, "digest": digest, "online": (online, explorer.episodes)}
@@ -757,10 +854,18 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
             wandb.init(**names, config=vars(args), sync_tensorboard=True)
     metrics, timed_step, timed = checkpoint["metrics"] if args.resume else {}, step, time.time()
-    begun, lr = step, agent.actor_optimizer.param_groups[0]["lr"]
+    begun, lr = step, agent.actor_optimizer.learning_rate
+    index = torch.empty(args.batch_size, dtype=torch.int64, device=device)
+
+    def update_on_batch(_) -> dict[str, torch.Tensor]:
+        batch = Batch(*(x[index] for x in replay.rows))
+        return update(agent, batch._replace(rewards=scale * batch.rewards), args)
+
+    learn = accelerate(update_on_batch, args, device)
+    stream = torch.cuda.Stream() if device.type == "cuda" else None  # one for each seed: they run side by side
     total = args.gradient_steps + args.online_steps
     # purge_step hides what a killed run logged past its checkpoint
-    bar = tqdm(total=total, initial=step, unit=" steps", desc=str(device))
+    bar = tqdm(total=total, initial=step, unit=" steps", desc=f"{device} seed {args.seed}")
     with bar, SummaryWriter(str(folder), purge_step=step + 1) as writer:
         if not args.resume:
             table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
@@ -791,15 +896,16 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
             heed_signals()
 
             step += 1
+            with torch.cuda.stream(stream):
+                if t >= 0:
+                    with torch.no_grad():
+                        policy = agent.actor(explorer.state)
+                    explorer.step(torch.normal(policy.mean, policy.stddev, generator=generator).clamp(-1, 1))
+                lr.fill_(actor_learning_rate(step, args))
+                index.random_(replay.size, generator=generator)
+                metrics |= learn(True)
             bar.update()
-            if t >= 0:
-                with torch.no_grad():
-                    policy = agent.actor(explorer.state)
-                explorer.step(torch.normal(policy.mean, policy.stddev, generator=generator).clamp(-1, 1))
-            lr.fill_(actor_learning_rate(step, args))
-            index = torch.randint(replay.size, (args.batch_size,), generator=generator, device=device)
-            batch = Batch(*(x[index] for x in replay.rows))
-            metrics |= update(agent, batch._replace(rewards=scale * batch.rewards), args)
+            yield
 
 
 def resolve(args: Args) -> Args:
