@@ -133,34 +133,6 @@ class TwinCritic(nn.Module):
         return self.net(torch.cat([s, a], -1).expand(2, -1, -1)).squeeze(-1)
 
 
-class Adam:
-    """Adam written out, with all that changes in tensors: a compiled update or a CUDA graph can hold it."""
-
-    def __init__(self, net: nn.Module, learning_rate: float):
-        self.parameters = list(net.parameters())
-        self.m, self.v = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
-        scalar = {"dtype": torch.float64, "device": self.m[0].device}
-        self.step, self.learning_rate = torch.tensor(0, **scalar), torch.tensor(learning_rate, **scalar)
-
-    def minimise(self, loss: torch.Tensor) -> None:
-        """One step on the parameters of `net`; other networks that the loss passes through get no gradient."""
-        gradients = torch.autograd.grad(loss, self.parameters)
-        with torch.no_grad():
-            self.step += 1
-            step_size = self.learning_rate / (1 - 0.9**self.step)
-            torch._foreach_lerp_(self.m, gradients, 1 - 0.9)
-            torch._foreach_mul_(self.v, 0.999)
-            torch._foreach_addcmul_(self.v, gradients, gradients, 1 - 0.999)
-            divisor = torch._foreach_sqrt(self.v)
-            torch._foreach_div_(divisor, (1 - 0.999**self.step).sqrt().to(loss.dtype))
-            torch._foreach_add_(divisor, 1e-8)
-            torch._foreach_div_(divisor, step_size.to(loss.dtype))
-            torch._foreach_addcdiv_(self.parameters, self.m, divisor, -1)
-
-    def state(self) -> list[torch.Tensor]:
-        return [self.step, *self.m, *self.v]
-
-
 # ---- end of networks ----
 class Agent(nn.Module):
     """The networks of TD3, their optimisers, and the mean and std that normalise raw states."""
@@ -538,6 +510,34 @@ def load_checkpoint(folder: str, script: str = EXP_NAME) -> dict:
 
 # ---- end of data, environments, evaluation, run folder ----
 # ---- shared by all scripts: speed and seeds ----
+class Adam:
+    """Adam written out, with all that changes in tensors: a compiled update or a CUDA graph can hold it."""
+
+    def __init__(self, net: nn.Module, learning_rate: float):
+        self.parameters = list(net.parameters())
+        self.m, self.v = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+        scalar = {"dtype": torch.float64, "device": self.m[0].device}
+        self.step, self.learning_rate = torch.tensor(0, **scalar), torch.tensor(learning_rate, **scalar)
+
+    def minimise(self, loss: torch.Tensor) -> None:
+        """One step on the parameters of `net`; other networks that the loss passes through get no gradient."""
+        gradients = torch.autograd.grad(loss, self.parameters)
+        with torch.no_grad():
+            self.step += 1
+            step_size = self.learning_rate / (1 - 0.9**self.step)
+            torch._foreach_lerp_(self.m, gradients, 1 - 0.9)
+            torch._foreach_mul_(self.v, 0.999)
+            torch._foreach_addcmul_(self.v, gradients, gradients, 1 - 0.999)
+            divisor = torch._foreach_sqrt(self.v)
+            torch._foreach_div_(divisor, (1 - 0.999**self.step).sqrt().to(loss.dtype))
+            torch._foreach_add_(divisor, 1e-8)
+            torch._foreach_div_(divisor, step_size.to(loss.dtype))
+            torch._foreach_addcdiv_(self.parameters, self.m, divisor, -1)
+
+    def state(self) -> list[torch.Tensor]:
+        return [self.step, *self.m, *self.v]
+
+
 def capture(step: Callable[[], dict]) -> Callable[[], dict]:
     """A function that replays the GPU's work of `step` as one CUDA graph; capturing runs nothing."""
     graph = torch.cuda.CUDAGraph()

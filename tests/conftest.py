@@ -9,6 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import dmg_finetune
+import dmg_offline
+import iql
+import td3bc
+
 torch.set_num_threads(1)
 
 
@@ -36,3 +41,26 @@ def write_hdf5(path, arrays):
 def hopper_file(tmp_path):
     """Path of a D4RL file that fits Hopper."""
     return write_hdf5(tmp_path / "hopper.hdf5", d4rl_arrays())
+
+
+def float64_agent(script, *args):
+    """script.Agent(*args) with parameters and optimisers in float64."""
+    agent = script.Agent(*args).double()
+    for optimizer in agent.optimizers:
+        optimizer.m, optimizer.v = ([x.double() for x in moments] for moments in (optimizer.m, optimizer.v))
+    return agent
+
+
+@pytest.fixture
+def kept_gradients(monkeypatch):
+    """Adam takes no gradient from p.grad, but with this fixture what it is given stays there to be looked at."""
+    for script in (dmg_offline, dmg_finetune, iql, td3bc):
+
+        def keep(self, loss, minimise=script.Adam.minimise):
+            for p, g in zip(
+                self.parameters, torch.autograd.grad(loss, self.parameters, retain_graph=True), strict=True
+            ):
+                p.grad = g
+            minimise(self, loss)
+
+        monkeypatch.setattr(script.Adam, "minimise", keep)

@@ -13,7 +13,7 @@ import pytest
 import test_losses
 import torch
 import torch.nn.functional as F
-from conftest import d4rl_arrays, write_hdf5
+from conftest import d4rl_arrays, float64_agent, write_hdf5
 from test_finetune import cli, flags, resume, room, run, run_folder  # noqa: F401  room: all runs share one folder
 from test_resume import same, scalars, start
 from test_update import ACTION, BATCH, STATE, forward, make_batch, plain, q_values
@@ -22,6 +22,7 @@ import dmg_offline
 import iql
 import td3bc
 
+pytestmark = pytest.mark.usefixtures("kept_gradients")
 HOPPER, ANTMAZE = "hopper-medium-v2", "antmaze-umaze-v2"
 SCRIPTS = pytest.mark.parametrize("script", [iql, td3bc], ids=["iql", "td3bc"])
 close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-8)
@@ -31,7 +32,7 @@ close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-8)
 def make_agent(script, args, scale=10):
     """A float64 agent in the middle of training: biases, norms and targets moved; Q of size `scale`, twins crossing."""
     torch.manual_seed(0)
-    agent = script.Agent(STATE, ACTION, args).double()
+    agent = float64_agent(script, STATE, ACTION, args)
     for p in agent.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     batch, _ = make_batch()
@@ -331,7 +332,7 @@ def probe(env_id, **settings):
 
     def spy(agent, batch, args):
         seen.append(batch)
-        rates.append([float(optimizer.param_groups[0]["lr"]) for optimizer in agent.optimizers])
+        rates.append([optimizer.learning_rate.item() for optimizer in agent.optimizers])
         return update(agent, batch, args)
 
     def evaluate(act, envs, episodes, seed):

@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import float64_agent
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dmg_offline
 from dmg_offline import Agent, Args, Batch, resolve, update
 
+pytestmark = pytest.mark.usefixtures("kept_gradients")
 STATE, ACTION, BATCH = 5, 3, 16
 ARGS = resolve(Args(env_id="hopper-medium-v2", gradient_steps=100))
 
@@ -16,7 +19,7 @@ ARGS = resolve(Args(env_id="hopper-medium-v2", gradient_steps=100))
 def make_agent(args=ARGS, seed=0):
     """A float64 agent whose targets differ from its networks, as they do in the middle of training."""
     torch.manual_seed(seed)
-    agent = Agent(STATE, ACTION, args).double()
+    agent = float64_agent(dmg_offline, STATE, ACTION, args)
     for target in (agent.actor_target, agent.critic_target):
         for p in target.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -187,7 +190,7 @@ def test_the_schedule_moves_the_actor_alone():
     batch, noise = make_batch()
     agent = make_agent()
     before = copy.deepcopy(agent)
-    agent.actor_optimizer.param_groups[0]["lr"].fill_(0.0)
+    agent.actor_optimizer.learning_rate.fill_(0.0)
     update(agent, batch, noise, ARGS, update_actor=True)
     assert torch.equal(agent.actor[0].weight, before.actor[0].weight)
     assert not torch.equal(agent.critic.net[0].weight, before.critic.net[0].weight)
