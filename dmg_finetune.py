@@ -999,6 +999,7 @@ def train_seed(
 
             step += 1
             with torch.cuda.stream(stream):
+                lr.fill_(actor_learning_rate(step, args))
                 if t >= 0:
                     in_force = online_args(args, t)
                     for name, x in changing.items():
@@ -1015,7 +1016,6 @@ def train_seed(
                 if 0 <= t < args.learning_starts:
                     metrics.clear()
                 else:
-                    lr.fill_(actor_learning_rate(step, args))
                     index.random_(replay.size, generator=generator)
                     noise.normal_(generator=generator)
                     metrics |= (learn_offline if t < 0 else learn_online)(step % args.policy_frequency == 0)
