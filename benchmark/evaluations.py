@@ -44,7 +44,8 @@ def read_run(folder: Path, machine: str) -> list[dict]:
     """Rows of COLUMNS: one when the run began (step 0), one for each evaluation, one where it diverged."""
     args = json.loads((folder / "args.json").read_text())
     _, script, _, _ = folder.name.rsplit("__", 3)
-    evaluations = pd.read_csv(folder / "eval.csv") if (folder / "eval.csv").exists() else pd.DataFrame({"step": []})
+    csv = folder / "eval.csv"
+    evaluations = pd.read_csv(csv, float_precision="round_trip") if csv.exists() else pd.DataFrame({"step": []})
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = events.Tags()["scalars"]
     q = {e.step: e.value for e in events.Scalars("losses/q_values")} if "losses/q_values" in tags else {}
@@ -65,7 +66,7 @@ def read_run(folder: Path, machine: str) -> list[dict]:
 
 
 def read_csv(source: Path | io.StringIO) -> pd.DataFrame:
-    data = pd.read_csv(source, dtype=dict.fromkeys(WORDS, str))
+    data = pd.read_csv(source, dtype=dict.fromkeys(WORDS, str), float_precision="round_trip")
     refuse(missing := sorted(set(COLUMNS) - set(data)), f"{source} lacks the columns {', '.join(missing)}.")
     return data[COLUMNS].fillna(dict.fromkeys(WORDS, ""))
 

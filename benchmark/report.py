@@ -9,7 +9,6 @@ machines add up and outlive their run folders; {folder}/report.md and its pictur
 import dataclasses
 import itertools
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +22,6 @@ from matplotlib.ticker import EngFormatter
 from rliable import library as rly
 from rliable import metrics
 
-warnings.filterwarnings("ignore", "random_state is deprecated", FutureWarning)  # between rliable and arch
 plt.switch_backend("agg")
 
 # what is compared in one picture; lines that differ in grey too
@@ -107,8 +105,9 @@ def before_and_after(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def overview(cells: pd.DataFrame) -> pd.DataFrame:
-    columns = {"set": "data", "script": "script", "in_sample": "in-sample", "lam": "lam", "nu": "nu"}
-    shown = cells.rename(columns=columns)[list(columns.values())].astype(object).fillna("").astype(str)
+    columns = {"data": "data", "set": "set", "script": "script", "in_sample": "in-sample", "lam": "lam", "nu": "nu"}
+    shown = cells.rename(columns=columns)[list(columns.values())]
+    shown = shown.astype(object).map(lambda x: "" if pd.isna(x) else str(x))
     shown["steps"] = [
         f"{a:,}" + (f" + {b:,}" if b else "") for a, b in zip(cells.gradient_steps, cells.online_steps, strict=True)
     ]
@@ -216,7 +215,7 @@ def ablation(runs: pd.DataFrame, groups: list[pd.DataFrame], name: str, path: Pa
                 axis.set_xscale("log")
             else:
                 axis.set_xscale("symlog", linthresh=min(cells.nu[cells.nu > 0]))
-                axis.set_xlim(left=-min(cells.nu[cells.nu > 0]) / 4)
+                axis.set_xlim(-min(cells.nu[cells.nu > 0]) / 4, 1.5 * cells.nu.max())
         column[0].set_ylabel(score_unit(cells))
         column[1].set_ylabel("mean Q (discounted reward)")
         column[1].set_xlabel({"lam": "mixture coefficient lam (1)", "nu": "penalty coefficient nu (1)"}[name])
@@ -259,20 +258,20 @@ def reliable(part: pd.DataFrame, runs: pd.DataFrame, samples: int, path: Path) -
         scores[name] = np.stack([x.normalized_score[: cells.n.min()] for x in columns], 1)  # (seeds, sets)
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    options = {"reps": samples, "random_state": np.random.RandomState(0)}
-    iqm, iqm_interval = rly.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), **options)
+    np.random.seed(0)  # rliable draws from the global generator
+    iqm, iqm_interval = rly.get_interval_estimates(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=samples)
     rows = [("interquartile mean (%)", name, iqm[name][0], *iqm_interval[name][:, 0]) for name in scores]
     pairs = itertools.product([x for x in scores if "DMG" in x], [y for y in scores if "DMG" not in y])
     pairs = {f"{x} > {y}": (scores[x], scores[y]) for x, y in pairs}
     if pairs:
-        better, better_interval = rly.get_interval_estimates(pairs, metrics.probability_of_improvement, **options)
+        better, better_interval = rly.get_interval_estimates(pairs, metrics.probability_of_improvement, reps=samples)
         rows += [("probability of improvement (1)", pair, better[pair], *better_interval[pair][:, 0]) for pair in pairs]
     else:
         axes[2].set_visible(False)
     table = pd.DataFrame(rows, columns=["measure", "algorithm", "estimate", "low", "high"])
     for axis, (measure, shown) in zip((axes[0], axes[2]), table.groupby("measure", sort=False), strict=False):
-        error = np.array([shown.estimate - shown.low, shown.high - shown.estimate])
-        axis.errorbar(shown.estimate, shown.algorithm, xerr=error, fmt="o", color="black", capsize=4)
+        axis.plot(shown.estimate, shown.algorithm, "o", color="black")
+        axis.hlines(shown.algorithm, shown.low, shown.high, color="black")
         axis.set_xlabel(measure)
         axis.margins(x=0.1, y=0.3)
         axis.invert_yaxis()

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -232,8 +233,11 @@ def main() -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = {"include_dashboard": False, "object_store_memory": 100 * 2**20}  # nothing large goes through Ray
     try:
+        if args.ray_address and re.fullmatch(r"[^/]+:\d+", args.ray_address):  # Ray itself would try for minutes
+            host, _, port = args.ray_address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(args.ray_address or "local", log_to_driver=False, **({} if args.ray_address else local))
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         refuse(True, f"cannot reach the Ray cluster {args.ray_address}: {' '.join(str(error).split())}")
     there = ray.cluster_resources()
     fits = there.get("CPU", 0) >= args.cpus_per_run and there.get("GPU", 0) >= args.gpus_per_run

@@ -84,9 +84,9 @@ def test_killed_diverged_and_wrong_runs_and_a_second_start(tmp_path):
     assert "observations of shape (5,)" in printed
 
     before = path.stat().st_mtime_ns
+    flags[3] = "dataset-path=good.hdf5,diverging.hdf5"
     code, printed = result(sweep(tmp_path, *flags), tmp_path)
-    assert code == 1
-    assert [x["exit_code"] for x in attempts(the_run(tmp_path, "wrong"))] == [2, 2]
+    assert code == 0 and "2 runs: 1 diverged, 1 finished" in printed
     assert len(attempts(good)) == 2 and len(attempts(the_run(tmp_path, "diverging"))) == 1
     assert path.stat().st_mtime_ns == before
 
@@ -99,7 +99,8 @@ def test_two_nodes_one_killed_in_the_middle_and_nothing_is_lost(tmp_path):
     try:
         second = cluster.add_node(num_cpus=1)
         flags = ["--values", "dataset-path=hopper.hdf5", *TINY, "gradient-steps=900", "--seeds", "0", "1"]
-        process = sweep(tmp_path, *flags, "--ray-address", cluster.address)
+        flags += ["--ray-address", cluster.address]
+        process = sweep(tmp_path, *flags)
 
         def on_second_node():
             """The run that the second node works on, once it has a checkpoint to lose."""
@@ -111,6 +112,8 @@ def test_two_nodes_one_killed_in_the_middle_and_nothing_is_lost(tmp_path):
         folder = wait_for(on_second_node)
         cluster.remove_node(second, allow_graceful=False)
         code, printed = result(process, tmp_path)
+        more = sweep(tmp_path, *flags[:-4], "--seeds", "2", "--gpus-per-run", "1", *flags[-2:])
+        assert more.wait(timeout=60) == 2 and "CPUs or GPUs" in (tmp_path / "sweep.log").read_text()
     finally:
         cluster.shutdown()
 
@@ -129,7 +132,7 @@ def test_two_nodes_one_killed_in_the_middle_and_nothing_is_lost(tmp_path):
         (["--values", "seed=1"], "--seeds"),
         (["--values", "lam=0.1,"], "lam=0.1,"),
         (["--scripts", "nowhere.py"], "nowhere.py"),
-        (["--gpus-per-run", "64", "--seeds", "0"], "GPUs"),
+        (["--ray-address", "127.0.0.1:1", "--seeds", "0"], "127.0.0.1:1"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, flags, words):
@@ -139,7 +142,6 @@ def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, flags, words):
 
 
 def test_a_plan_is_every_combination_in_folders_that_do_not_depend_on_the_order(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "benchmark")
     monkeypatch.chdir(tmp_path)
     from sweep import Args, plan
 
