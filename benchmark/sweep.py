@@ -25,7 +25,7 @@ import ray
 import tyro
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 FINISHED, WRONG_INPUT, DIVERGED = 0, 2, 3  # exit codes of the scripts
 PATHS = ("dataset-path", "checkpoint")  # flags that hold a path: the runs work in other folders
@@ -167,12 +167,14 @@ def state(run: Run, before: int, pending: bool) -> str:
 
 
 def table(states: dict[Run, str]) -> Table:
-    """Counts of all runs, a row for each that runs or needs a look."""
+    """Counts of all runs, a row for each that has begun, the finished ones last."""
     kinds = [kind.split()[0] for kind in states.values()]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))
-    shown = Table("run", "state", "attempts", "step", "score", title=f"{len(states)} runs: {counts}")
-    for run, kind in states.items():
-        if kind not in ("waiting", "finished"):
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    shown = Table(
+        Column("run", overflow="fold"), "state", "attempts", "step", "score", title=f"{len(states)} runs: {counts}"
+    )
+    for run, kind in sorted(states.items(), key=lambda item: item[1] == "finished"):
+        if kind != "waiting":
             shown.add_row(run.folder.name, kind, str(len(run.attempts)), *run.progress)
     return shown
 
