@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import ray
@@ -89,8 +90,7 @@ class Run:
         os.replace(temporary, self.folder / "status.json")
 
     def last_line(self) -> str:
-        lines = re.split(r"[\r\n]+", (self.folder / "output.log").read_text(errors="replace").strip())
-        return lines[-1]
+        return re.split(r"[\r\n]+", (self.folder / "output.log").read_text(errors="replace").strip())[-1]
 
 
 def refuse(condition: bool, sentence: str) -> None:
@@ -117,8 +117,7 @@ def plan(args: Args) -> list[Run]:
         refuse(not path.is_file(), f"there is no script {script} here: give its path.")
         words = ["--env-id", env_id, "--seed", str(seed), *itertools.chain(*flags)]
         flag_words = ["=".join([flag[0][2:], *(Path(x).name for x in flag[1:])]) for flag in flags]
-        slug = "__".join([path.stem, env_id, str(seed), *flag_words])
-        slug = re.sub(r"[^\w=.-]+", "-", slug)[:150]
+        slug = re.sub(r"[^\w=.-]+", "-", "__".join([path.stem, env_id, str(seed), *flag_words]))[:150]
         digest = hashlib.sha256(shlex.join([path.stem, *words]).encode()).hexdigest()[:6]
         folder = args.folder.resolve() / f"{slug}__{digest}"
         runs[folder] = Run((sys.executable, str(path), *words), folder)
@@ -140,16 +139,13 @@ def attempt(run: Run, threads: int, sees_gpu: bool) -> None:
         command = [*run.command[:2], "--resume", str(resumed.parent)] if resumed else list(run.command)
         print(f"\n$ {shlex.join(command)}", file=log, flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "60"}
+        environment |= {} if sees_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        # PR_SET_PDEATHSIG: the script gets SIGKILL when this worker dies; its checkpoint is whole whenever that is
+        die_with_me = (lambda: libc.prctl(1, 9)) if sys.platform == "linux" else None
         process = subprocess.Popen(
-            command,
-            cwd=run.folder,
-            env=environment if sees_gpu else environment | {"CUDA_VISIBLE_DEVICES": ""},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[lock.fileno()],
-            # PR_SET_PDEATHSIG: the script gets SIGKILL when this worker dies; its checkpoint is whole whenever it is
-            preexec_fn=(lambda: libc.prctl(1, 9)) if sys.platform == "linux" else None,
-        )
+            command, cwd=run.folder, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            pass_fds=[lock.fileno()], preexec_fn=die_with_me,
+        )  # fmt: skip
         attempts[-1]["pid"] = process.pid
         run.record(attempts)
         attempts[-1]["exit_code"] = process.wait()
@@ -168,11 +164,10 @@ def state(run: Run, before: int, pending: bool) -> str:
 
 def table(states: dict[Run, str]) -> Table:
     """Counts of all runs, a row for each that has begun, the finished ones last."""
-    kinds = [kind.split()[0] for kind in states.values()]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
-    shown = Table(
-        Column("run", overflow="fold"), "state", "attempts", "step", "score", title=f"{len(states)} runs: {counts}"
-    )
+    kinds = Counter(kind.split()[0] for kind in states.values())
+    counts = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    columns = [Column("run", overflow="fold"), "state", "attempts", "step", "score"]
+    shown = Table(*columns, title=f"{len(states)} runs: {counts}")
     for run, kind in sorted(states.items(), key=lambda item: item[1] == "finished"):
         if kind != "waiting":
             shown.add_row(run.folder.name, kind, str(len(run.attempts)), *run.progress)
@@ -180,9 +175,8 @@ def table(states: dict[Run, str]) -> Table:
 
 
 def sweep(args: Args, runs: list[Run], console: Console) -> bool:
-    """Run what is not done. Returns whether every run ended by itself (finished or diverged)."""
-    options = {"num_cpus": args.cpus_per_run, "num_gpus": args.gpus_per_run}
-    remote = ray.remote(max_retries=0, **options)(attempt)  # retries are counted here, whatever a run died of
+    """Run what is not done, retries counted here whatever a run died of. Returns whether all finished or diverged."""
+    remote = ray.remote(max_retries=0, num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run)(attempt)
     left, before, pending = dict.fromkeys(runs, args.retries), {}, {}
 
     def start(run: Run) -> None:
@@ -205,7 +199,7 @@ def sweep(args: Args, runs: list[Run], console: Console) -> bool:
                 except ray.exceptions.RayError as error:  # the worker or its node died
                     reason = f", {type(error).__name__}"
                 outcome = state(run, before[run], pending=False)
-                fatal = outcome == f"failed ({WRONG_INPUT})"
+                fatal = outcome == f"failed ({WRONG_INPUT})" and not reason
                 again = not run.is_done and not fatal and left[run] > 0
                 if not run.is_done and not reason:
                     reason = f", {run.last_line()}"
@@ -218,7 +212,8 @@ def sweep(args: Args, runs: list[Run], console: Console) -> bool:
                 if again:
                     left[run] -= 1
                     start(run)
-            live.update(table(states()), refresh=console.is_terminal)
+            if console.is_terminal or not pending:  # in a log file the last one is enough
+                live.update(table(states()), refresh=console.is_terminal)
     return all(run.is_done for run in runs)
 
 
@@ -235,15 +230,14 @@ def main() -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = {"include_dashboard": False, "object_store_memory": 100 * 2**20}  # nothing large goes through Ray
     try:
-        if args.ray_address and re.fullmatch(r"[^/]+:\d+", args.ray_address):  # Ray itself would try for minutes
-            host, _, port = args.ray_address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
+        if found := re.fullmatch(r"([^/]+):(\d+)", args.ray_address or ""):  # Ray itself would try for minutes
+            socket.create_connection(found.groups(), timeout=10).close()
         ray.init(args.ray_address or "local", log_to_driver=False, **({} if args.ray_address else local))
     except (OSError, ValueError, RuntimeError) as error:
         refuse(True, f"cannot reach the Ray cluster {args.ray_address}: {' '.join(str(error).split())}")
-    there = ray.cluster_resources()
-    fits = there.get("CPU", 0) >= args.cpus_per_run and there.get("GPU", 0) >= args.gpus_per_run
-    refuse(not fits, f"a run takes more CPUs or GPUs than Ray has here: {there.get('CPU', 0)}, {there.get('GPU', 0)}.")
+    cpus, gpus = (ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU"))
+    fits = args.cpus_per_run <= cpus and args.gpus_per_run <= gpus
+    refuse(not fits, f"a run takes more CPUs or GPUs than the cluster has, {cpus:g} and {gpus:g}.")
     try:
         return 0 if sweep(args, runs, console) else 1
     except KeyboardInterrupt:
