@@ -13,5 +13,5 @@ small "dmg_offline.py" "gradient-steps=200 nu=0.01,1"
 small "dmg_offline.py iql.py" "gradient-steps=200 in-sample=xql,sql"
 small "iql.py" "gradient-steps=100 online-steps=100"
 small "dmg_finetune.py" "offline-steps=100 online-steps=100"
-small "dmg_finetune.py" "from-scratch online-steps=200 learning-starts=100"
+small "dmg_finetune.py" "from-scratch online-steps=100 learning-starts=50"
 python benchmark/report.py benchmark-runs-small --folder benchmark-runs-small/report

@@ -91,7 +91,7 @@ def test_killed_diverged_and_wrong_runs_and_a_second_start(tmp_path):
     assert path.stat().st_mtime_ns == before
 
 
-def test_two_nodes_one_killed_in_the_middle_and_nothing_is_lost(tmp_path):
+def test_two_nodes_one_and_a_worker_killed_in_the_middle_and_nothing_is_lost(tmp_path):
     from ray.cluster_utils import Cluster
 
     write_hdf5(tmp_path / "hopper.hdf5", d4rl_arrays())
@@ -110,10 +110,14 @@ def test_two_nodes_one_killed_in_the_middle_and_nothing_is_lost(tmp_path):
                     return folder
 
         folder = wait_for(on_second_node)
+        (other,) = {*(tmp_path / "benchmark-runs").iterdir()} - {folder}
+        wait_for(lambda: list(other.glob("runs/*/eval.csv")))
+        worker = Path(f"/proc/{attempts(other)[0]['pid']}/stat").read_text().rsplit(")")[-1].split()[1]
+        kill(int(worker))  # as a machine short of memory does
         cluster.remove_node(second, allow_graceful=False)
-        orphan = Path(f"/proc/{attempts(folder)[0]['pid']}")
-        wait_for(lambda: not orphan.exists())
-        assert evaluations(folder)[-1].split(",")[0] != "1200"  # killed, not finished
+        for killed in (other, folder):
+            wait_for(lambda killed=killed: not Path(f"/proc/{attempts(killed)[0]['pid']}").exists())
+            assert evaluations(killed)[-1].split(",")[0] != "1200"  # no orphan that went on to its end
         code, printed = result(process, tmp_path)
         more = sweep(tmp_path, *flags[:-4], "--seeds", "2", "--gpus-per-run", "1", *flags[-2:])
         assert more.wait(timeout=60) == 2 and "CPUs or GPUs" in (tmp_path / "sweep.log").read_text()
@@ -121,10 +125,13 @@ def test_two_nodes_one_killed_in_the_middle_and_nothing_is_lost(tmp_path):
         cluster.shutdown()
 
     assert code == 0, printed
-    assert "2 runs: 2 finished" in printed and "; again" in printed
+    print(printed)
+    assert "2 runs: 2 finished" in printed and printed.count("; again") == 2
     lost, again = attempts(folder)
-    assert lost["exit_code"] is None and again["exit_code"] == 0 and lost["node"] != again["node"]
-    assert [int(row.split(",")[0]) for row in evaluations(folder)[1:]] == list(range(300, 1201, 300))
+    assert lost["node"] != again["node"]
+    for killed in (other, folder):
+        assert [x["exit_code"] for x in attempts(killed)] == [None, 0]
+        assert [int(row.split(",")[0]) for row in evaluations(killed)[1:]] == list(range(300, 1201, 300))
 
 
 @pytest.mark.parametrize(
