@@ -55,7 +55,10 @@ def evaluations(folder):
 
 def kill(pid):
     os.kill(pid, signal.SIGKILL)
-    return pid
+
+
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[1])
 
 
 def test_killed_diverged_and_wrong_runs_and_a_second_start(tmp_path):
@@ -112,8 +115,9 @@ def test_two_nodes_one_and_a_worker_killed_in_the_middle_and_nothing_is_lost(tmp
         folder = wait_for(on_second_node)
         (other,) = {*(tmp_path / "benchmark-runs").iterdir()} - {folder}
         wait_for(lambda: list(other.glob("runs/*/eval.csv")))
-        worker = Path(f"/proc/{attempts(other)[0]['pid']}/stat").read_text().rsplit(")")[-1].split()[1]
-        kill(int(worker))  # as a machine short of memory does
+        kill(parent(attempts(other)[0]["pid"]))  # a worker, as a machine short of memory does
+        worker = parent(attempts(folder)[0]["pid"])
+        kill(parent(worker)), kill(worker)  # the node at once: neither of the two can end the script any more
         cluster.remove_node(second, allow_graceful=False)
         for killed in (other, folder):
             wait_for(lambda killed=killed: not Path(f"/proc/{attempts(killed)[0]['pid']}").exists())
