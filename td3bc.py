@@ -667,8 +667,9 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
         state |= {"metrics": metrics, "digest": digest, "format": CHECKPOINT_FORMAT}
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
-        write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        writer.flush()  # what the checkpoint makes past must be on the disk before it, or a kill between loses it
         write(folder / "eval.csv", lambda path: path.write_text(csv))
+        write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
     def film() -> None:
         if not args.capture_video:
@@ -708,7 +709,6 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
                 log({"eval/episodic_return": mean, "eval/normalized_score": score, "eval/episodic_length": length})
                 log({"eval/success_rate": score} if is_antmaze(args) else {})
                 bar.set_postfix(score=f"{score:.1f}")
-                writer.flush()
                 save()
                 film()
                 timed_step, timed = step, time.time()
