@@ -928,7 +928,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     def film() -> None:
         if not args.capture_video:
             return
-        with explain("--capture-video needs moviepy and OpenGL (MUJOCO_GL=egl or osmesa)"):
+        with explain(f"cannot film into {folder / 'videos'}", "It takes moviepy and OpenGL (MUJOCO_GL=egl or osmesa)."):
             env = make_env(args, source, "rgb_array")
             env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=f"step-{step}")
             evaluate(act, gym.vector.SyncVectorEnv([lambda: env]), 1, eval_seed)
@@ -945,7 +945,8 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     total, in_force = args.offline_steps + args.online_steps, args
     # purge_step hides what a killed run logged past its checkpoint
     bar = tqdm(total=total, initial=step, unit=" steps", desc=str(device))
-    with bar, SummaryWriter(str(folder), purge_step=step + 1) as writer:
+    unwritable = explain(f"cannot write to {folder}", "Is the disk full?", OSError)
+    with bar, unwritable, SummaryWriter(str(folder), purge_step=step + 1) as writer:
         if not args.resume:
             table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
             writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
