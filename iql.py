@@ -758,10 +758,13 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
     step, evaluations, started, eval_seed = 0, [], time.time(), 1000 * (args.seed + 1)
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        generator.set_state(checkpoint["generator"])
+        given, env_id = args.resume, checkpoint["args"].env_id
+        require(env_id == args.env_id, f"{given} was trained on {env_id}, not on {args.env_id}.")
+        with explain(f"{given} does not fit {env_id}", "Is it damaged, or have the data or the environment changed?"):
+            agent.load_state_dict(checkpoint["agent"])
+            for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            generator.set_state(checkpoint["generator"])
         step, evaluations, started = checkpoint["step"], checkpoint["evaluations"], started - checkpoint["seconds"]
         taken = len(checkpoint["online"][0][0])
         fits = max(step - args.gradient_steps, 0) == taken <= args.online_steps
