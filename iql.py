@@ -812,7 +812,10 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
     def losses() -> dict[str, float]:
         values = {f"losses/{name}": value.item() for name, value in metrics.items()}
-        if not all(map(math.isfinite, values.values())):
+        q = abs(values.get("losses/q_values", 0.0))
+        # Adam's small steps keep a runaway Q finite for long: ten times the largest return has diverged too
+        ran_away = q > 1000 and q > 10 * replay.rows.rewards[: replay.size].abs().max().item() / (1 - args.gamma)
+        if ran_away or not all(map(math.isfinite, values.values())):
             log({"eval/diverged": 1})
             raise Stop(f"diverged at step {step:,}: {values}; the last good checkpoint stays in {folder}", 3)
         return values
