@@ -51,7 +51,7 @@ class Args:
     """a D4RL v2 name, a Minari id (this one ships in datasets/), or a Gymnasium id together with --dataset-path"""
     dataset_path: str | None = None
     """your own HDF5 file in D4RL's schema; with a D4RL name it is read in place of the downloaded file"""
-    seed: Annotated[int, "[0, inf)"] = 0
+    seed: Annotated[int, "[0, 1e9]"] = 0
     """seed of networks, batches, noise and evaluation episodes"""
     cuda: bool = True
     """train on the GPU if there is one"""
