@@ -56,7 +56,7 @@ class Args:
     """torch.set_float32_matmul_precision; on a CPU without AMX "medium" is float32 too, on a GPU it is TF32"""
     eval_frequency: Annotated[int | None, "[1, inf)"] = None
     """gradient steps between evaluations, each with a checkpoint (default: 20,000; AntMaze 50,000)"""
-    eval_episodes: Annotated[int | None, "[1, inf)"] = None
+    eval_episodes: Annotated[int | None, "[1, 1e6]"] = None
     """whole episodes per evaluation (default: 10; AntMaze 100)"""
     resume: str | None = None
     """run folder to continue exactly where its checkpoint stands, with that run's arguments"""
@@ -70,7 +70,7 @@ class Args:
     """project of --track"""
     wandb_entity: str | None = None
     """team of --track"""
-    batch_size: Annotated[int, "[1, inf)"] = 256
+    batch_size: Annotated[int, "[1, 1e6]"] = 256
     """transitions per gradient step"""
     learning_rate: Annotated[float, "(0, inf)"] = 3e-4
     """Adam's step size for every network"""
