@@ -20,6 +20,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_type_hints
+from typing import Annotated, BinaryIO, Literal, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import h5py
@@ -368,6 +369,7 @@ def explain(what: str, advice: str = "", kind: type[Exception] = Exception) -> I
     except Stop:
         raise
     except kind as error:
+        error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise Stop(f"{what}: {reason}. {advice}".strip(), 2) from error
 
@@ -706,12 +708,13 @@ def normalized_score(args: Args, source: MinariSet | None, returns: np.ndarray) 
     return 100 * (returns - random) / (expert - random)
 
 
-def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """writer(temporary path), then a rename, so that `path` is whole at every moment. Raises Stop."""
+def write(path: Path, writer: Callable[[BinaryIO], object]) -> None:
+    """writer(temporary file), then a rename, so that `path` is whole at every moment. Raises Stop."""
     temporary = path.with_name(path.name + ".tmp")
     with explain(f"cannot write {path}"):
         try:
-            writer(temporary)
+            with temporary.open("wb") as file:
+                writer(file)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -730,7 +733,7 @@ def new_run_folder(args: Args) -> Path:
     with suppress(OSError):  # no git
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    write(folder / "args.json", lambda path: path.write_text(json.dumps(record, indent=2)))
+    write(folder / "args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
     return folder
 
 
@@ -805,6 +808,11 @@ def write_dataset(args: Args, explorer: Explorer, references: tuple[float | None
     spec.additional_wrappers = ()  # without them, as the transitions are recorded
     with explain(f"cannot write the Minari dataset {args.save_dataset}"):
         path, root = (minari.storage.datasets_root_dir.get_dataset_path(name) for name in (args.save_dataset, None))
+        room = 3 * sum(x[replay.first : replay.size].nbytes for x in replay.rows) + 20_000 * (
+            1 + len(explorer.episodes)
+        )
+        free = shutil.disk_usage(root).free  # a disk that fills up under it crashes HDF5
+        expect(free > room, f"No space left for it in {root}: it may take {room:,} bytes, {free:,} are free")
         beside = tempfile.TemporaryDirectory(prefix=".", dir=root)
     with explain(f"cannot write {path}"), warnings.catch_warnings(action="ignore"), beside as temporary:
         os.environ["MINARI_DATASETS_PATH"] = temporary  # Minari would write in place
@@ -929,8 +937,8 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         }
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         writer.flush()  # what the checkpoint makes past must be on the disk before it, or a kill between loses it
-        write(folder / "eval.csv", lambda path: path.write_text(csv))
-        write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        write(folder / "eval.csv", lambda file: file.write(csv.encode()))
+        write(folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
     def film() -> None:
         if not args.capture_video:

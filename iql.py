@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_type_hints
+from typing import Annotated, BinaryIO, Literal, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import h5py
@@ -360,6 +360,7 @@ def explain(what: str, advice: str = "", kind: type[Exception] = Exception) -> I
     except Stop:
         raise
     except kind as error:
+        error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise Stop(f"{what}: {reason}. {advice}".strip(), 2) from error
 
@@ -698,12 +699,13 @@ def normalized_score(args: Args, source: MinariSet | None, returns: np.ndarray) 
     return 100 * (returns - random) / (expert - random)
 
 
-def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """writer(temporary path), then a rename, so that `path` is whole at every moment. Raises Stop."""
+def write(path: Path, writer: Callable[[BinaryIO], object]) -> None:
+    """writer(temporary file), then a rename, so that `path` is whole at every moment. Raises Stop."""
     temporary = path.with_name(path.name + ".tmp")
     with explain(f"cannot write {path}"):
         try:
-            writer(temporary)
+            with temporary.open("wb") as file:
+                writer(file)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -722,7 +724,7 @@ def new_run_folder(args: Args) -> Path:
     with suppress(OSError):  # no git
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    write(folder / "args.json", lambda path: path.write_text(json.dumps(record, indent=2)))
+    write(folder / "args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
     return folder
 
 
@@ -834,8 +836,8 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
         }
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         writer.flush()  # what the checkpoint makes past must be on the disk before it, or a kill between loses it
-        write(folder / "eval.csv", lambda path: path.write_text(csv))
-        write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        write(folder / "eval.csv", lambda file: file.write(csv.encode()))
+        write(folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
     def film() -> None:
         if not args.capture_video:

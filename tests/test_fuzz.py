@@ -211,11 +211,11 @@ def hostile(name, tmp_path):
             elif name == "references":
                 make(shape=(60,), dtype=h5py.ref_dtype)[:] = [file["actions"].ref] * 60
             elif name == "ragged":
-                make(data=np.array([np.zeros(3)] * 60, object)[:, 0], dtype=h5py.vlen_dtype("f4"))
+                make(shape=(60,), dtype=h5py.vlen_dtype("f4"))[0] = np.zeros(3)
             elif name == "compound":
                 make(data=np.zeros(60, [("x", "f4"), ("y", "f4")]))
             elif name == "subarrays":
-                make(shape=(60,), dtype=np.dtype(("f4", 3)))[:] = 0
+                make(shape=(60,), dtype=np.dtype(("f4", 3)))
             elif name == "complex":
                 make(data=np.zeros((60, 3), "c8"))
             elif name == "empty":
