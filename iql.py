@@ -489,7 +489,8 @@ def open_minari(args: Args) -> MinariSet | None:
         shipped = Path(__file__).resolve().parent / "datasets"
         here = valid and (shipped / name / "data").exists()
         root = shipped if here else minari.storage.datasets_root_dir.get_dataset_path()
-        folder, found = root / name / "data", [x.parent.relative_to(root).as_posix() for x in root.rglob("data")]
+        folder = root / name / "data"
+        found = {x.parent.relative_to(base).as_posix() for base in (shipped, root) for x in base.rglob("data")}
     near = difflib.get_close_matches(name, {*D4RL_SHA256, *gym.registry, *found} - {name})
     near = f"did you mean {' or '.join(near)}? " if near else ""
     known = f"{near}Give a D4RL v2 name ({', '.join(D4RL_SHA256)}), a Minari id (mujoco/hopper/medium-v0)"
