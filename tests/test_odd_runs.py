@@ -76,6 +76,7 @@ def test_every_number_outside_its_range_is_refused_with_the_range(script):
     module, tried = importlib.import_module(script), 0
     for name, whole, low, high, span in numbers(script):
         outside = [low - 1, high + 1] if whole else [low - 1e-6, high + 1e-6, math.nan, math.inf, -math.inf]
+        outside = [x for x in outside if x != high]  # a range may hold infinity
         outside += [low] * (span[0] == "(") + [high] * (span[-1] == ")")
         for x in {int(x) if whole and math.isfinite(x) else x for x in outside if not (whole and x == math.inf)}:
             with pytest.raises(module.Stop) as stop:
@@ -192,7 +193,7 @@ def data(tmp_path, monkeypatch):
     return write_hdf5(tmp_path / "pendulum.hdf5", d4rl_arrays(60, 3, 1))
 
 
-def memory_kept(script, steps, data, monkeypatch):
+def memory_kept(script, steps, data):
     """Kilobytes in memory at a tenth of a run and at its end."""
 
     def before(module, update=dmg_offline.update):
@@ -214,16 +215,16 @@ def memory_kept(script, steps, data, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
-@pytest.mark.parametrize("script", ["dmg_offline", "dmg_finetune"])
-def test_memory_does_not_grow(script, data, monkeypatch):
-    early, late = memory_kept(script, 4000, data, monkeypatch)
-    assert late - early < 6000, (early, late)  # 1.6 kB a step would be 1.6 GB in a million
+@pytest.mark.parametrize("steps", [1500, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_memory_does_not_grow(steps, data):
+    early, late = memory_kept("dmg_finetune", steps, data)
+    assert late - early < 5000, (early, late)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_seed_and_a_number_of_threads_give_the_same_bits(script, threads, data):
-    argv, states = [*flags(script, 80, data), "--batch-size=256"], []
+    argv, states = [*flags(script, 24, data), "--batch-size=256"], []
     for _ in range(2):
         code, log = complete(script, argv, before=lambda _: torch.set_num_threads(threads))
         assert code == 0, log
@@ -232,23 +233,34 @@ def test_a_seed_and_a_number_of_threads_give_the_same_bits(script, threads, data
     assert same(*states)
 
 
-DIVERGES = {
-    "dmg_offline": "--lam 1 --nu 0 --learning-rate 0.02 --gradient-steps 3000 --eval-frequency 500",
-    "dmg_finetune": "--lam 1 --nu 0 --learning-rate 0.02 --offline-steps 3000 --eval-frequency 500",
-    "td3bc": "--alpha 100 --learning-rate 0.02 --gradient-steps 3000 --eval-frequency 500",
-    "iql": "--learning-rate 1 --gradient-steps 3000 --eval-frequency 500 --max-weight 1e30",
-}
+def reports(q, after):
+    """Makes `update` report this mean of Q after some steps, with a hint of what it would report otherwise."""
+
+    def before(module):
+        original, count = module.update, 0
+
+        def update(*args, **kwargs):
+            nonlocal count
+            count += 1
+            metrics = original(*args, **kwargs)
+            return metrics | {"q_values": torch.tensor(q)} if count > after else metrics
+
+        module.update = update
+
+    return before
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_divergence_is_reported_and_keeps_the_last_good_checkpoint(script, data):
-    code, log = complete(script, [*flags(script, 80, data), *DIVERGES[script].split()])
-    assert code == 3 and (found := re.search(r"diverged at step ([\d,]+)", log)), log
-    step = int(found[1].replace(",", ""))
+def test_a_q_beyond_any_return_is_a_divergence_that_keeps_the_last_good_checkpoint(script, sign, data):
+    largest = float(np.abs(d4rl_arrays(60, 3, 1)["rewards"]).max()) / (1 - 0.99)
+    argv = [*flags(script, 80, data), "--eval-frequency=20"]
+    if "online" in STEPS.get(script, ["online"]):
+        argv += ["--online-steps=0"]
+    code, log = complete(script, argv, before=reports(sign * 11 * largest, 30))
+    assert code == 3 and "diverged at step 40" in log, log
     events = EventAccumulator(str(the_run())).Reload()
-    assert [(x.step, x.value) for x in events.Scalars("eval/diverged")] == [(step, 1)]
-    checkpoint = torch.load(the_run() / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] < step
-    q = abs(checkpoint["metrics"].get("q_values", torch.zeros(()))).item()
-    rewards = np.abs(d4rl_arrays(60, 3, 1)["rewards"]).max()
-    assert q <= max(1000, 1000 * rewards) and all(x.isfinite().all() for x in checkpoint["agent"].values())
+    assert [(x.step, x.value) for x in events.Scalars("eval/diverged")] == [(40, 1)]
+    assert torch.load(the_run() / "checkpoint.pt", weights_only=True)["step"] == 20
+    code, log = complete(script, argv, before=reports(sign * 9 * largest, 30), log="other")
+    assert code == 0, log
