@@ -180,6 +180,34 @@ def tensors(folder):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_killed_right_after_each_checkpoint_keeps_what_was_logged_before_it(script, data):
+    argv, saved = flags(script, 80, data), Path("saved")
+
+    def before(module, replace=os.replace, record=RecordWriter.write):
+        def last(source, path):
+            replace(source, path)
+            if path.name == "checkpoint.pt":
+                with saved.open("a") as file:
+                    file.write("x")
+                die()
+
+        module.os.replace = last
+        RecordWriter.write = lambda *x: (time.sleep(0.02), record(*x))  # a slow disk
+
+    assert complete(script, argv)[0] == 0
+    whole = the_run().rename("whole")
+    for kills in (1, 2, 3):  # the last one at the end of the run
+        assert complete(script, argv, before=before)[0] == -signal.SIGKILL and saved.read_text() == kills * "x"
+        for file in the_run().glob("*tfevents*"):
+            file.rename(the_run() / f"events.out.tfevents.0.{file.name}")
+        argv = ["--resume", str(the_run())]
+    code, log = complete(script, argv)
+    assert code == 0, log
+    assert same(state(the_run()), state(whole)) and scalars(the_run()) == scalars(whole)
+    assert tensors(the_run()) == tensors(whole)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(script, data):
     check_kills(script, data, 5, 320)
 
