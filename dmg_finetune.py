@@ -12,11 +12,15 @@ online RL. Their limit, lam = 1 and nu = 0 without a dataset, is TD3: --from-scr
 
 import copy
 import dataclasses
+import difflib
 import hashlib
 import itertools
 import json
 import math
 import os
+import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +30,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_type_hints
+from typing import Annotated, BinaryIO, Literal, NamedTuple, get_type_hints
 
 import gymnasium as gym
 import h5py
@@ -48,7 +52,7 @@ class Args:
     """a D4RL v2 name, a Minari id (this one ships in datasets/), or a Gymnasium id together with --dataset-path"""
     dataset_path: str | None = None
     """your own HDF5 file in D4RL's schema; with a D4RL name it is read in place of the downloaded file"""
-    seed: Annotated[int, "[0, inf)"] = 0
+    seed: Annotated[int, "[0, 1e9]"] = 0
     """seed of networks, batches, noise and evaluation episodes"""
     num_seeds: Annotated[int, "[1, inf)"] = 1
     """train this many agents side by side in one process, seeds seed, seed + 1, ..., each in its own run folder"""
@@ -64,7 +68,7 @@ class Args:
     """torch.set_float32_matmul_precision; on a CPU without AMX "medium" is float32 too, on a GPU it is TF32"""
     eval_frequency: Annotated[int | None, "[1, inf)"] = None
     """gradient steps between evaluations, each with a checkpoint (default: 20,000; AntMaze 50,000)"""
-    eval_episodes: Annotated[int | None, "[1, inf)"] = None
+    eval_episodes: Annotated[int | None, "[1, 1e6]"] = None
     """whole episodes per evaluation (default: 10; AntMaze 100)"""
     resume: str | None = None
     """run folder to continue exactly where its checkpoint stands, with that run's arguments"""
@@ -78,7 +82,7 @@ class Args:
     """project of --track"""
     wandb_entity: str | None = None
     """team of --track"""
-    batch_size: Annotated[int, "[1, inf)"] = 256
+    batch_size: Annotated[int, "[1, 1e6]"] = 256
     """transitions per gradient step"""
     learning_rate: Annotated[float, "(0, inf)"] = 3e-4
     """Adam's step size for every network"""
@@ -348,45 +352,41 @@ def require(condition: bool, sentence: str, code: int = 2) -> None:
         raise Stop(sentence, code)
 
 
+def expect(condition: bool, reason: str) -> None:
+    """`require` inside of `explain`, which says what it is about and what to do."""
+    if not condition:
+        raise ValueError(reason)
+
+
 @contextmanager
-def explain(what: str, advice: str = "") -> Iterator[None]:
+def explain(what: str, advice: str = "", kind: type[Exception] = Exception) -> Iterator[None]:
     """Whatever a library raises over a file, a network or an environment becomes one sentence."""
     try:
         yield
     except Stop:
         raise
-    except Exception as error:
+    except kind as error:
+        error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise Stop(f"{what}: {reason}. {advice}".strip(), 2) from error
 
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 EXP_NAME = Path(__file__).stem
+CHECKPOINT_FORMAT = 2  # of `save` in train
 EVAL_COLUMNS = ("step", "return_mean", "return_std", "normalized_score", "length_mean", "episodes", "wall_seconds")
 REFERENCES = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3)}
-D4RL_SHA256 = {  # from tensorflow_datasets' d4rl checksums
-    "halfcheetah-random-v2": "25407aef85b5d16c0f36b4149341edb4acc6a9e88c1db529b2de19e7464874ba",
-    "halfcheetah-medium-v2": "41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0",
-    "halfcheetah-medium-replay-v2": "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683",
-    "halfcheetah-medium-expert-v2": "015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06",
-    "halfcheetah-expert-v2": "d9fe53bb994eb1e20a99b4fa3412cd76a1bb7966a7ff55e0fcbdd6081bd2965f",
-    "hopper-random-v2": "63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054",
-    "hopper-medium-v2": "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0",
-    "hopper-medium-replay-v2": "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b",
-    "hopper-medium-expert-v2": "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26",
-    "hopper-expert-v2": "01aa219a5f8eea5e639eccdc636ec2bf40e317159a95cf4bf6e985f16909941b",
-    "walker2d-random-v2": "4e863bb6090cf4a461548bd470564b32f1ae5b32ef3085f816b2ede7f092e7fa",
-    "walker2d-medium-v2": "cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda",
-    "walker2d-medium-replay-v2": "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db",
-    "walker2d-medium-expert-v2": "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04",
-    "walker2d-expert-v2": "2985dc3d436a8baa10e8f43f946fe1d7c6337a4e4fbc65def70618093b18c59a",
-    "antmaze-umaze-v2": "5ef15257771c50ef4d23c7de001750e96c8bb5d9b6a5e4a821dcfb3065fbd130",
-    "antmaze-umaze-diverse-v2": "c771dd63963cd7d9f55f24a6d809064f6b82250a6aeac4c9d13f9a1d06e8c932",
-    "antmaze-medium-play-v2": "c9fec1c1daad97c71d61bd47f4ccc9f74faa855b8a2d2e8107d5378018827e5b",
-    "antmaze-medium-diverse-v2": "ad9dcbac05d1f8744a7a216083f513662f43f64f28a4a5eb225e9811902dfae7",
-    "antmaze-large-play-v2": "6d353df2457829925d7f9d4b0215587469908bd57478ea76f16417cfa944f471",
-    "antmaze-large-diverse-v2": "84f775eb7956ea9cc766704710dc520a8ab357adc7522ade47f556f0e335e284",
-}
+# the D4RL v2 names without "-v2", and 16 digits of the sha256 of their files, from tensorflow_datasets
+D4RL_FILES = """
+    halfcheetah-random:25407aef85b5d16c halfcheetah-medium:41324e8487a9556d halfcheetah-medium-replay:48d494a4770c11f4
+    halfcheetah-medium-expert:015db75dae5bbe8e halfcheetah-expert:d9fe53bb994eb1e2 hopper-random:63103ef7059db4c0
+    hopper-medium:5bdf1bc4a713c829 hopper-medium-replay:e121c5f7c9857a30 hopper-medium-expert:9d51ad87f8c905be
+    hopper-expert:01aa219a5f8eea5e walker2d-random:4e863bb6090cf4a4 walker2d-medium:cf00f43add04c17f
+    walker2d-medium-replay:e75de96a4f77acf7 walker2d-medium-expert:6b8d7f868c45bbae walker2d-expert:2985dc3d436a8baa
+    antmaze-umaze:5ef15257771c50ef antmaze-umaze-diverse:c771dd63963cd7d9 antmaze-medium-play:c9fec1c1daad97c7
+    antmaze-medium-diverse:ad9dcbac05d1f874 antmaze-large-play:6d353df245782992 antmaze-large-diverse:84f775eb7956ea9c
+"""
+D4RL_SHA256 = {f"{name}-v2": digest for name, digest in (x.split(":") for x in D4RL_FILES.split())}
 
 
 def download_d4rl(env_id: str) -> Path:
@@ -406,9 +406,37 @@ def download_d4rl(env_id: str) -> Path:
             # under a temporary name until it is whole and its hash is right
             torch.hub.download_url_to_file(D4RL_URL + file, str(path), D4RL_SHA256[env_id])
         with path.open("rb") as opened:
-            right = hashlib.file_digest(opened, "sha256").hexdigest() == D4RL_SHA256[env_id]
+            right = hashlib.file_digest(opened, "sha256").hexdigest().startswith(D4RL_SHA256[env_id])
     require(right, f"{path} is not D4RL's file, its sha256 differs: delete it to download it again. {ways_on}")
     return path
+
+
+@contextmanager
+def open_hdf5(path: str | Path, advice: str) -> Iterator[Callable[[str], np.ndarray]]:
+    """A function from an array's name in the file to its numbers as float32. Raises Stop, over the body's errors too.
+
+    Nothing outside the file is read, no array that is not wholly in it, and none that unpacks to 100 times its size.
+    """
+
+    def read(name: str) -> np.ndarray:
+        x = file
+        for part in name.split("/"):
+            expect(isinstance(x.get(part, getlink=True), h5py.HardLink), f"'{name}' is missing or a link")
+            x = x[part]
+        expect(x.dtype.kind in "biuf", f"'{name}' holds no numbers but {x.dtype}")
+        expect(not x.is_virtual and not x.external, f"'{name}' is stored in another file")
+        large = max(4 * x.size, math.prod(x.chunks or ()) * x.dtype.itemsize) > limit
+        expect(not large, f"'{name}' of shape {x.shape} is over 100 times as large as the file")
+        chunks = math.prod(-(-n // size) for n, size in zip(x.shape, x.chunks or (), strict=False))
+        whole = x.id.get_num_chunks() >= chunks if x.chunks else x.id.get_storage_size() >= x.nbytes
+        expect(whole, f"'{name}' of shape {x.shape} has rows that were never written")
+        return x.astype(np.float32)[()]
+
+    with explain(f"cannot read {path}", advice):
+        expect(Path(path).is_file(), "there is no such file")  # a pipe would be waited for
+        limit = 100 * Path(path).stat().st_size
+        with h5py.File(path) as file:
+            yield read
 
 
 def read_hdf5(path: str | Path) -> tuple[Batch, np.ndarray, np.ndarray]:
@@ -417,55 +445,101 @@ def read_hdf5(path: str | Path) -> tuple[Batch, np.ndarray, np.ndarray]:
     The next observation is that of the next row, so the last row and the rows at a timeout have none. Raises Stop.
     """
     advice = "D4RL's schema: observations (N, o), actions (N, a), and rewards, terminals, timeouts (N,)."
-    with explain(f"cannot read {path}", advice), h5py.File(path) as file:
-        keys = ("observations", "actions", "rewards", "terminals", "timeouts")
-        s, a, *columns = (file[key].astype(np.float32)[()] for key in keys)
-    n, shapes = len(s), [x.shape for x in (s, a, *columns)]
+    with open_hdf5(path, advice) as read:
+        s, a, *columns = map(read, ("observations", "actions", "rewards", "terminals", "timeouts"))
+    n, shapes = len(s) if s.ndim else 0, [x.shape for x in (s, a, *columns)]
     fits = s.ndim == a.ndim == 2 and len(a) == n and all(x.shape in ((n,), (n, 1)) for x in columns)
     require(fits, f"{path} has shapes {shapes}. {advice}")
     r, terminals, timeouts = (x.reshape(n) for x in columns)
-    require(np.isin([terminals, timeouts], (0, 1)).all(), f"{path} has terminals or timeouts other than 0 and 1.")
-    keep = (timeouts == 0) & (np.arange(len(s)) < len(s) - 1)
-    return Batch(s, a, r, np.concatenate([s[1:], s[:1]]), terminals), timeouts == 1, keep
+    keep = (timeouts != 1) & (np.arange(n) < n - 1)
+    return Batch(s, a, r, np.concatenate([s[1:], s[:1]]), terminals), timeouts, keep
 
 
-def open_minari(args: Args) -> minari.MinariDataset | None:
+class MinariSet(NamedTuple):
+    """A Minari dataset on disk."""
+
+    folder: Path
+    spec: gym.envs.registration.EnvSpec  # of the evaluation environment
+    references: tuple[float, float] | None  # the returns that mean a score of 0 and of 100
+    episodes: int
+
+
+def minari_spec(saved: dict) -> gym.envs.registration.EnvSpec:
+    """The environment that a file describes: registered code only, and no paths among the file's arguments for it."""
+    if saved["id"] not in gym.registry:
+        import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
+
+    spec, wrappers = gym.registry.get(saved["id"]), saved["additional_wrappers"]
+    known = spec is not None and spec.entry_point == saved["entry_point"]
+    advice = "import what registers it at the top of this script"
+    expect(known, f"its environment {saved['id']} ({saved['entry_point']}) is not registered: {advice}")
+    harmless = re.compile(r"gymnasium\.wrappers\.(common|stateful_\w+|transform_\w+):[A-Z]\w+")
+    expect(all(harmless.fullmatch(x["entry_point"]) for x in wrappers), f"its environment has wrappers {wrappers}")
+    arguments = json.dumps([saved["kwargs"], [x["kwargs"] for x in wrappers]])
+    words = re.findall('"(.*?)"', arguments)
+    expect(
+        all(re.fullmatch(r"(\w[\w. -]*)?", x) for x in words), f"its environment's arguments name paths: {arguments}"
+    )
+    changes = {name: saved[name] for name in ("kwargs", "max_episode_steps")}
+    wrappers = tuple(gym.envs.registration.WrapperSpec(**x) for x in wrappers)
+    return dataclasses.replace(spec, **changes, additional_wrappers=wrappers)
+
+
+def open_minari(args: Args) -> MinariSet | None:
     """The Minari dataset of --env-id, downloaded if it is not there; None for other kinds of id. Raises Stop."""
     name = args.env_id
     if name in D4RL_SHA256 or args.dataset_path:
         return None
-    shipped = Path(__file__).resolve().parent / "datasets" / name / "data"
-    folder = shipped if shipped.exists() else minari.storage.datasets_root_dir.get_dataset_path(name) / "data"
-    known = f"a D4RL v2 name ({', '.join(D4RL_SHA256)}), a Minari id (mujoco/hopper/medium-v0)"
-    require("/" in name or folder.exists(), f"unknown --env-id {name}: give {known} or --dataset-path.")
-    ways_on = f"Put its main_data.hdf5 and metadata.json into {folder}, or use a D4RL name, or --dataset-path."
+    with explain(f"cannot look for the Minari dataset {name}", "Choose a folder with MINARI_DATASETS_PATH."):
+        valid = minari.dataset.minari_dataset.DATASET_ID_RE.fullmatch(name)  # leads out of no folder
+        shipped = Path(__file__).resolve().parent / "datasets"
+        here = valid and (shipped / name / "data").exists()
+        root = shipped if here else minari.storage.datasets_root_dir.get_dataset_path()
+        folder = root / name / "data"
+        found = {x.parent.relative_to(base).as_posix() for base in (shipped, root) for x in base.rglob("data")}
+    near = difflib.get_close_matches(name, {*D4RL_SHA256, *gym.registry, *found} - {name})
+    near = f"did you mean {' or '.join(near)}? " if near else ""
+    known = f"{near}Give a D4RL v2 name ({', '.join(D4RL_SHA256)}), a Minari id (mujoco/hopper/medium-v0)"
+    require(valid and ("/" in name or folder.exists()), f"unknown --env-id {name}: {known} or --dataset-path.")
+    ways_on = f"{near}Put its main_data.hdf5 and metadata.json into {folder}, or use a D4RL name, or --dataset-path."
     with explain(f"cannot load the Minari dataset {name}", ways_on):
-        return minari.MinariDataset(folder) if folder == shipped else minari.load_dataset(name, download=True)
+        if not folder.exists():
+            minari.download_dataset(name)
+        file = folder / "metadata.json"
+        expect(file.is_file() and file.stat().st_size < 2**24, f"{file} is missing or too large")
+        metadata = json.loads(file.read_text())
+        low, high = references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+        expect(high is None or -math.inf < low < high < math.inf, f"its reference scores are {references}")
+        spec = minari_spec(json.loads(metadata.get("eval_env_spec") or metadata["env_spec"]))
+        return MinariSet(folder, spec, None if high is None else references, int(metadata["total_episodes"]))
 
 
-def read_minari(dataset: minari.MinariDataset, space: gym.Space) -> tuple[Batch, np.ndarray, np.ndarray]:
+def read_minari(source: MinariSet, space: gym.Space) -> tuple[Batch, np.ndarray, np.ndarray]:
     """As read_hdf5, observations flattened as FlattenObservation does; no row lacks its next observation."""
 
-    def flatten(space: gym.Space, x) -> np.ndarray:
-        parts = [flatten(sub, x[key]) for key, sub in space.items()] if isinstance(space, gym.spaces.Dict) else [x]
-        return np.concatenate([np.reshape(part, (len(part), -1)) for part in parts], -1)
+    def flatten(space: gym.Space, name: str) -> np.ndarray:
+        if isinstance(space, gym.spaces.Dict):
+            return np.concatenate([flatten(sub, f"{name}/{key}") for key, sub in space.items()], -1)
+        x = read(name)
+        return x.reshape(len(x), -1)
 
     episodes = []
-    with explain(f"cannot read {dataset.storage.data_path}", "Is the Minari dataset complete?"):
-        for episode in dataset.iterate_episodes():
-            s, terminals = flatten(space, episode.observations), episode.terminations
-            require(len(s) == len(terminals) + 1, f"{dataset.spec.dataset_id} lacks the last state of an episode.")
-            timeouts = ~terminals & (np.arange(len(terminals)) == len(terminals) - 1)
-            episodes.append((s[:-1], episode.actions, episode.rewards, s[1:], terminals, timeouts))
-        *rows, timeouts = (np.concatenate(x, dtype=np.float32, casting="unsafe") for x in zip(*episodes, strict=True))
-    return Batch(*rows), timeouts == 1, np.ones(len(timeouts), bool)
+    with open_hdf5(source.folder / "main_data.hdf5", "Is the Minari dataset complete?") as read:
+        for i in range(source.episodes):
+            a, r, terminals = (read(f"episode_{i}/{name}") for name in ("actions", "rewards", "terminations"))
+            s, n = flatten(space, f"episode_{i}/observations"), len(a)
+            fits = len(s) == n + 1 and r.shape == terminals.shape == (n,)
+            expect(fits, f"it lacks the last state of episode {i}, or its columns differ in length")
+            episodes.append((s[:-1], a, r, s[1:], terminals, (terminals == 0) & (np.arange(n) == n - 1)))
+        *rows, timeouts = map(np.concatenate, zip(*episodes, strict=True))
+    return Batch(*rows), timeouts, np.ones(len(timeouts), bool)
 
 
 def is_antmaze(args: Args) -> bool:
     return "antmaze" in args.env_id.lower().replace("_", "")
 
 
-def load_dataset(args: Args, source: minari.MinariDataset | None, env: gym.Env) -> tuple[Batch, np.ndarray, np.ndarray]:
+def load_dataset(args: Args, source: MinariSet | None, env: gym.Env) -> tuple[Batch, np.ndarray, np.ndarray]:
     """The dataset as a Batch of tensors, and the mean and std, (state_dim,), that normalised its states. Raises Stop.
 
     AntMaze: reward 0 and terminal at the goal, -1 elsewhere (App. C.1).
@@ -479,23 +553,25 @@ def load_dataset(args: Args, source: minari.MinariDataset | None, env: gym.Env) 
     for key, shape in (("observations", env.observation_space.shape), ("actions", box.shape)):
         found = getattr(rows, key).shape[1:]
         require(found == shape, f"{name} has {key} of shape {found}, its environment has {shape}.")
+    flags = np.isin([rows.terminated, timeouts], (0, 1)).all()
+    require(flags, f"{name} has terminals or timeouts other than 0 and 1.")
     for key, x in rows._asdict().items():
         require(np.isfinite(x).all(), f"{name} has NaN, Inf or numbers beyond float32 in {key}: remove these rows.")
     s, a, r, next_s, terminals = (x[keep] for x in rows)
     a = ((a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)).astype(np.float32)
     require(np.abs(a).max() <= 1 + 1e-3, f"{name} has actions outside the environment's {box.low} to {box.high}.")
-    mean, std, ends = np.zeros(s.shape[1]), np.ones(s.shape[1]), timeouts
+    mean, std, ends = np.zeros(s.shape[1]), np.ones(s.shape[1]), timeouts == 1
     if is_antmaze(args):
         require(np.isin(r, (0, 1)).all(), f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere.")
         r, terminals = r - 1, r  # the goal is terminal, yet the recorded episode may go on: it ends at the timeout
     else:
-        ends = timeouts | (rows.terminated == 1)
+        ends |= rows.terminated == 1
     if NORMALIZE_STATES and not is_antmaze(args):
         mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3
     returns = np.diff(np.cumsum(rows.rewards, dtype=np.float64)[ends], prepend=0)
     print(
         f"{name}: {len(r):,} transitions, {ends.sum():,} whole episodes, {int(terminals.sum()):,} terminals, "
-        f"{timeouts.sum():,} timeouts, mean return {returns.sum() / max(1, len(returns)):.2f}, "
+        f"{int(timeouts.sum()):,} timeouts, mean return {returns.sum() / max(1, len(returns)):.2f}, "
         f"rewards {rows.rewards.min():.2f} to {rows.rewards.max():.2f}"
     )
     mean, std = mean.astype(np.float32), std.astype(np.float32)
@@ -567,7 +643,7 @@ class D4RLAntMaze(MujocoEnv):
         return self.state_vector(), float(reached), reached, False, {}
 
 
-def make_env(args: Args, source: minari.MinariDataset | None, render_mode: str | None = None) -> gym.Env:
+def make_env(args: Args, source: MinariSet | None, render_mode: str | None = None) -> gym.Env:
     """The evaluation environment of --env-id, with vector observations and actions in [-1, 1]. Raises Stop."""
     family, kind = args.env_id.split("-")[:2] if args.env_id in D4RL_SHA256 else ("", "")
     options = {"render_mode": render_mode} if render_mode else {}
@@ -585,7 +661,7 @@ def make_env(args: Args, source: minari.MinariDataset | None, render_mode: str |
                 import gymnasium_robotics  # noqa: F401  registers AntMaze
 
                 options["continuing_task"] = False  # the episode ends at the goal: a success counts once
-            env = gym.make(args.env_id, **options) if source is None else source.recover_environment(True, **options)
+            env = gym.make(source.spec if source else args.env_id, **options)
     box = env.action_space
     bounded = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()
     require(bounded, f"{args.env_id} has the action space {box}; a bounded vector (Box) is needed.")
@@ -596,68 +672,84 @@ def make_env(args: Args, source: minari.MinariDataset | None, render_mode: str |
     return env
 
 
-def evaluate(act: Callable, envs: gym.vector.VectorEnv, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def evaluate(act: Callable, envs: list[gym.Env], episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns and lengths, (episodes,) each, of the first episode after a reset with seed, seed + 1, ...
 
-    act: raw observations (n, state_dim) -> actions (n, action_dim). Each of these episodes is played to its end and
-    counted, so short ones have no advantage.
+    act: raw observations (n, state_dim) -> actions (n, action_dim), for n = len(envs) episodes at a time. Each is
+    played to its end and counted, so short ones have no advantage. A plain list: a vector environment takes longer.
     """
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
-    for first in range(0, episodes, envs.num_envs):
-        observations, _ = envs.reset(seed=seed + first)
-        number = np.arange(first, first + envs.num_envs)  # of the episode in each environment
-        while (playing := number < episodes).any():
-            observations, rewards, terminated, truncated, _ = envs.step(act(observations))
-            returns[number[playing]] += rewards[playing]
-            lengths[number[playing]] += 1
-            number[terminated | truncated] = episodes
+    for first in range(0, episodes, len(envs)):
+        playing = {k: env for k, env in enumerate(envs) if first + k < episodes}
+        observations = np.zeros((len(envs), *envs[0].observation_space.shape))
+        for k, env in playing.items():
+            observations[k], _ = env.reset(seed=seed + first + k)
+        while playing:
+            actions = act(observations)
+            for k, env in list(playing.items()):
+                observations[k], reward, terminated, truncated, _ = env.step(actions[k])
+                returns[first + k] += reward
+                lengths[first + k] += 1
+                if terminated or truncated:
+                    del playing[k]
     return returns, lengths
 
 
-def reference_returns(args: Args, source: minari.MinariDataset | None) -> tuple[float, float]:
+def reference_returns(args: Args, source: MinariSet | None) -> tuple[float, float]:
     """The returns that mean a score of 0 and of 100; (0, 100), the return itself, where there is no reference."""
-    metadata = {} if source is None else source.storage.metadata
     if is_antmaze(args):
         return 0.0, 1.0  # success in percent
-    if metadata.get("ref_max_score") is not None:
-        return metadata["ref_min_score"], metadata["ref_max_score"]
-    env_id = args.env_id if source is None else source.recover_environment(eval_env=True).spec.id
+    if source and source.references:
+        return source.references
+    env_id = source.spec.id if source else args.env_id
     return REFERENCES.get(env_id.lower().split("-")[0], (0.0, 100.0))
 
 
-def normalized_score(args: Args, source: minari.MinariDataset | None, returns: np.ndarray) -> np.ndarray:
+def normalized_score(args: Args, source: MinariSet | None, returns: np.ndarray) -> np.ndarray:
     """100 (R - random) / (expert - random), in percent; AntMaze: success rate."""
     random, expert = reference_returns(args, source)
     return 100 * (returns - random) / (expert - random)
 
 
-def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """writer(temporary path), then a rename, so that `path` is whole at every moment. Raises Stop."""
+def write(path: Path, writer: Callable[[BinaryIO], object]) -> None:
+    """writer(temporary file), then a rename, so that `path` is whole at every moment. Raises Stop."""
+    temporary = path.with_name(path.name + ".tmp")
     with explain(f"cannot write {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer(path.with_name(path.name + ".tmp"))
-        os.replace(path.with_name(path.name + ".tmp"), path)
+        try:
+            with temporary.open("wb") as file:
+                writer(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def new_run_folder(args: Args) -> Path:
     """runs/{env_id}__{exp_name}__{seed}__{time}, with args.json in it."""
-    now, name = int(time.time()), f"{args.env_id.replace('/', '-')}__{EXP_NAME}__{args.seed}"
-    while (folder := Path("runs", f"{name}__{now}")).exists():
-        now += 1  # another run began in the same second
+    folder, second = None, int(time.time())
+    while folder is None:
+        path = Path("runs", f"{args.env_id.replace('/', '-')}__{EXP_NAME}__{args.seed}__{second}")
+        with explain(f"cannot make {path}"), suppress(FileExistsError):
+            path.mkdir(parents=True)
+            folder = path
+        second += 1  # another run began in the same second
     record = dataclasses.asdict(args) | {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
     with suppress(OSError):  # no git
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    write(folder / "args.json", lambda path: path.write_text(json.dumps(record, indent=2)))
+    write(folder / "args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
     return folder
 
 
 def load_checkpoint(folder: str, script: str = EXP_NAME) -> dict:
     """What `train` of `script` saved in a run folder, with those of its arguments that this script has. Raises Stop."""
     with explain(f"cannot load {folder}", "Give a folder of runs/ that holds a checkpoint.pt."):
-        checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        found, args = checkpoint["script"], checkpoint["args"]
+        try:
+            checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # its text advises to run the code in the file
+            raise ValueError("it is damaged, or holds more than tensors and numbers") from None
+        found, args, version = checkpoint["script"], checkpoint["args"], checkpoint.get("format", 1)
         require(found == script, f"{folder} was written by {found}.py, one of {script}.py is needed.")
+        expect(version == CHECKPOINT_FORMAT, f"it has format {version}, this script reads {CHECKPOINT_FORMAT}")
         known = args if script == EXP_NAME else vars(Args()).keys() & args
         return checkpoint | {"args": Args(**{name: args[name] for name in known})}
 
@@ -809,6 +901,11 @@ def write_dataset(args: Args, explorer: Explorer, references: tuple[float | None
     spec.additional_wrappers = ()  # without them, as the transitions are recorded
     with explain(f"cannot write the Minari dataset {args.save_dataset}"):
         path, root = (minari.storage.datasets_root_dir.get_dataset_path(name) for name in (args.save_dataset, None))
+        room = 3 * sum(x[replay.first : replay.size].nbytes for x in replay.rows) + 20_000 * (
+            1 + len(explorer.episodes)
+        )
+        free = shutil.disk_usage(root).free  # a disk that fills up under it crashes HDF5
+        expect(free > room, f"No space left for it in {root}: it may take {room:,} bytes, {free:,} are free")
         beside = tempfile.TemporaryDirectory(prefix=".", dir=root)
     with explain(f"cannot write {path}"), warnings.catch_warnings(action="ignore"), beside as temporary:
         os.environ["MINARI_DATASETS_PATH"] = temporary  # Minari would write in place
@@ -857,16 +954,19 @@ def train_seed(
     """The training of one seed on `data` as load_dataset gives it, a gradient step at each `next`."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    envs = gym.vector.SyncVectorEnv([lambda: make_env(args, source)] * min(args.eval_episodes, 10))
-    (state_dim,), (action_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    envs = [make_env(args, source) for _ in range(min(args.eval_episodes, 10))]
+    (state_dim,), (action_dim,) = envs[0].observation_space.shape, envs[0].action_space.shape
     agent = Agent(state_dim, action_dim, args, device)
     generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
     step, evaluations, started, eval_seed = 0, [], time.time(), 1000 * (args.seed + 1)
     if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
-            torch._foreach_copy_(optimizer.state(), state)
-        generator.set_state(checkpoint["generator"])
+        given, env_id = args.resume or args.checkpoint, checkpoint["args"].env_id
+        require(env_id == args.env_id, f"{given} was trained on {env_id}, not on {args.env_id}.")
+        with explain(f"{given} does not fit {env_id}", "Is it damaged, or have the data or the environment changed?"):
+            agent.load_state_dict(checkpoint["agent"])
+            for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
+                torch._foreach_copy_(optimizer.state(), state)
+            generator.set_state(checkpoint["generator"])
         step = checkpoint["step"]
     if args.resume:
         evaluations, started = checkpoint["evaluations"], started - checkpoint["seconds"]
@@ -906,7 +1006,8 @@ def train_seed(
         require(same, f"{args.dataset_path or args.env_id} is not {trained_on}.")
         agent.mean.copy_(torch.from_numpy(mean))
         agent.std.copy_(torch.from_numpy(std))
-    replay = Replay(dataset, args.online_steps, device)
+    with explain(f"cannot hold {args.online_steps:,} online steps in memory"):
+        replay = Replay(dataset, args.online_steps, device)
     explorer = Explorer(make_env(args, source), replay, agent, args)
     explorer.restore(*(checkpoint["online"] if args.resume else ([x[:0] for x in dataset], [])))
     del dataset
@@ -921,7 +1022,10 @@ def train_seed(
         if stream:
             stream.synchronize()
         values = {f"losses/{name}": value.item() for name, value in metrics.items()}
-        if not all(map(math.isfinite, values.values())):
+        q = abs(values.get("losses/q_values", 0.0))
+        # Adam's small steps keep a runaway Q finite for long: ten times the largest return has diverged too
+        ran_away = q > 1000 and q > 10 * replay.rows.rewards[: replay.size].abs().max().item() / (1 - in_force.gamma)
+        if ran_away or not all(map(math.isfinite, values.values())):
             log({"eval/diverged": 1})
             raise Stop(f"diverged at step {step:,}: {values}; the last good checkpoint stays in {folder}", 3)
         return values
@@ -931,18 +1035,24 @@ def train_seed(
         state |= {"agent": agent.state_dict(), "optimizers": [x.state() for x in agent.optimizers]}
         state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
         online = [x[replay.first : replay.size].cpu().clone() for x in replay.rows]
-        state |= {"metrics": metrics, "digest": digest, "online": (online, explorer.episodes)}
+        state |= {
+            "metrics": metrics,
+            "digest": digest,
+            "format": CHECKPOINT_FORMAT,
+            "online": (online, explorer.episodes),
+        }
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
-        write(folder / "checkpoint.pt", lambda path: torch.save(state, path))
-        write(folder / "eval.csv", lambda path: path.write_text(csv))
+        writer.flush()  # what the checkpoint makes past must be on the disk before it, or a kill between loses it
+        write(folder / "eval.csv", lambda file: file.write(csv.encode()))
+        write(folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
     def film() -> None:
         if not args.capture_video:
             return
-        with explain("--capture-video needs moviepy and OpenGL (MUJOCO_GL=egl or osmesa)"):
+        with explain(f"cannot film into {folder / 'videos'}", "It takes moviepy and OpenGL (MUJOCO_GL=egl or osmesa)."):
             env = make_env(args, source, "rgb_array")
             env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=f"step-{step}")
-            evaluate(act, gym.vector.SyncVectorEnv([lambda: env]), 1, eval_seed)
+            evaluate(act, [env], 1, eval_seed)
             env.close()
 
     if args.track:
@@ -967,7 +1077,8 @@ def train_seed(
     stream = torch.cuda.Stream() if device.type == "cuda" else None  # one for each seed: they run side by side
     # purge_step hides what a killed run logged past its checkpoint
     bar = tqdm(total=total, initial=step, unit=" steps", desc=f"{device} seed {args.seed}")
-    with bar, SummaryWriter(str(folder), purge_step=step + 1) as writer:
+    unwritable = explain(f"cannot write to {folder}", "Is the disk full?", OSError)
+    with bar, unwritable, SummaryWriter(str(folder), purge_step=step + 1) as writer:
         if not args.resume:
             table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
             writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
@@ -989,7 +1100,6 @@ def train_seed(
                 log({"eval/episodic_return": mean, "eval/normalized_score": score, "eval/episodic_length": length})
                 log({"eval/success_rate": score} if is_antmaze(args) else {})
                 bar.set_postfix(score=f"{score:.1f}")
-                writer.flush()
                 save()
                 film()
                 timed_step, timed = step, time.time()

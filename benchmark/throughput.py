@@ -238,7 +238,8 @@ def measure_loading(rows: int) -> dict:
             for key, period in (("terminals", 977), ("timeouts", 1000)):
                 file[key] = np.arange(rows) % period == period - 1
         code = (
-            f"import time, resource, dmg_offline as d; a = d.resolve(d.Args(env_id='Walker2d-v4', dataset_path={path!r}));"
+            "import time, resource, dmg_offline as d;"
+            f"a = d.resolve(d.Args(env_id='Walker2d-v4', dataset_path={path!r}));"
             "e = d.make_env(a, None); t = time.perf_counter(); d.load_dataset(a, None, e);"
             "print(time.perf_counter() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
         )

@@ -13,7 +13,7 @@ from dmg_offline import Args, evaluate, make_env, normalized_score, open_minari
 
 
 def vector(make, num_envs):
-    return gym.vector.SyncVectorEnv([make] * num_envs)
+    return [make() for _ in range(num_envs)]
 
 
 # ---- evaluate ----

@@ -336,7 +336,7 @@ def probe(env_id, **settings):
         return update(agent, batch, args)
 
     def evaluate(act, envs, episodes, seed):
-        acted[:] = (s := envs.reset(seed=seed)[0]), act(s), act(s)
+        acted[:] = (s := np.stack([env.reset(seed=seed)[0] for env in envs])), act(s), act(s)
         return np.zeros(episodes), np.ones(episodes)
 
     with pytest.MonkeyPatch.context() as patched:

@@ -112,7 +112,7 @@ def test_the_score_is_that_of_the_saved_actor_on_normalised_states(run, hopper_f
     def act(observations):
         return agent.actor(torch.tensor((observations - mean) / std, dtype=torch.float32)).numpy()
 
-    returns, lengths = evaluate(act, gym.vector.SyncVectorEnv([lambda: env]), 2, seed=1000)
+    returns, lengths = evaluate(act, [env], 2, seed=1000)
     step, mean_return, _, score, mean_length, episodes, _ = checkpoint["evaluations"][-1]
     assert (step, episodes) == (60, 2)
     assert mean_return == pytest.approx(returns.mean(), rel=1e-3) and mean_length == lengths.mean()
@@ -224,12 +224,12 @@ def test_two_runs_of_the_same_second_get_two_folders(tmp_path, monkeypatch):
 
 def test_a_write_that_fails_half_way_leaves_the_old_file_and_names_it(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    dmg_offline.write(path, lambda p: p.write_text("old"))
+    dmg_offline.write(path, lambda file: file.write(b"old"))
 
-    def half(p):
-        p.write_text("ne")
+    def half(file):
+        file.write(b"ne")
         raise OSError("No space left on device")
 
     with pytest.raises(dmg_offline.Stop, match=r"checkpoint\.pt: No space left") as stop:
         dmg_offline.write(path, half)
-    assert stop.value.args[1] == 2 and path.read_text() == "old"
+    assert stop.value.args[1] == 2 and path.read_text() == "old" and [*tmp_path.iterdir()] == [path]

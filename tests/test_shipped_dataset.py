@@ -52,7 +52,7 @@ def test_the_command_in_its_readme_makes_it(tmp_path, monkeypatch):
     short = command.replace("--online-steps 100000", "--online-steps 300 --eval-episodes 1 --no-cuda").split()
     monkeypatch.setattr(sys, "argv", ["dmg_finetune.py", *short])
     assert dmg_finetune.main() == 0
-    sets = minari.load_dataset(Args().env_id), open_minari(Args())
+    sets = minari.load_dataset(Args().env_id), minari.MinariDataset(open_minari(Args()).folder)
     made, shipped = (next(iter(x.iterate_episodes())) for x in sets)
     np.testing.assert_array_equal(made.actions, shipped.actions[:300])
     np.testing.assert_allclose(made.observations[:20], shipped.observations[:20], atol=1e-4)
