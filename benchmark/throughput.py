@@ -256,6 +256,7 @@ def measure_evaluation() -> dict:
 
     import dmg_offline
 
+    torch.set_num_threads(1)
     args = dmg_offline.resolve(dmg_offline.Args())
     source = dmg_offline.open_minari(args)
     agent, evaluated, bare = dmg_offline.Agent(STATE, ACTION, args), [], []
@@ -266,11 +267,11 @@ def measure_evaluation() -> dict:
         return agent.actor((s - agent.mean) / agent.std).numpy()
 
     for _ in range(5):
-        envs = gym.vector.SyncVectorEnv([lambda: dmg_offline.make_env(args, source)] * 10)
+        envs = [dmg_offline.make_env(args, source) for _ in range(10)]
         began = time.perf_counter()
         dmg_offline.evaluate(act, envs, 10, 0)
         evaluated.append(time.perf_counter() - began)
-        env = source.recover_environment(eval_env=True)
+        env = gym.make(source.spec)
         env.reset(seed=0)
         action = np.zeros(ACTION, np.float32)
         began = time.perf_counter()
@@ -301,6 +302,7 @@ def main() -> None:
         specs = [base | {"name": n, "compile": c, "threads": threads} for n in SCRIPTS for c in (False, True)]
         specs += [base | {"name": "plain", "precision": p, "threads": threads} for p in ("highest", "medium")]
         specs += [base | {"name": "jax", "threads": threads}]
+        specs += [base | {"name": "dmg_offline", "seeds": 5, "threads": threads}]
         results["races"].append(race(args, specs))
     if gpu:
         base |= {"device": "cuda", "threads": 1}
