@@ -1173,6 +1173,8 @@ def resolve(args: Args) -> Args:
             inside = low <= x <= high and (x > low or span[0] == "[") and (x < high or span[-1] == "]")
             require(inside, f"--{name.replace('_', '-')} {x} is outside {span}.")
     require(bool(args.resume) or not args.eval_only, "--eval-only scores a saved agent: add --resume runs/<name>.")
+    alone = args.num_seeds == 1 or not (args.resume or args.checkpoint)
+    require(alone, "--num-seeds starts new agents: --resume and --checkpoint go on with one, leave it out.")
     return args
 
 

@@ -920,7 +920,8 @@ def train_seed(
         values = {f"losses/{name}": value.item() for name, value in metrics.items()}
         q = abs(values.get("losses/q_values", 0.0))
         # Adam's small steps keep a runaway Q finite for long: ten times the largest return has diverged too
-        ran_away = q > 1000 and q > 10 * replay.rows.rewards[: replay.size].abs().max().item() / (1 - args.gamma)
+        largest = scale * replay.rows.rewards[: replay.size].abs().max().item() / (1 - args.gamma)
+        ran_away = q > max(1000, 10 * largest)
         if ran_away or not all(map(math.isfinite, values.values())):
             log({"eval/diverged": 1})
             raise Stop(f"diverged at step {step:,}: {values}; the last good checkpoint stays in {folder}", 3)
@@ -1028,6 +1029,8 @@ def resolve(args: Args) -> Args:
             inside = low <= x <= high and (x > low or span[0] == "[") and (x < high or span[-1] == "]")
             require(inside, f"--{name.replace('_', '-')} {x} is outside {span}.")
     require(bool(args.resume) or not args.eval_only, "--eval-only scores a saved agent: add --resume runs/<name>.")
+    alone = args.num_seeds == 1 or not args.resume
+    require(alone, "--num-seeds starts new agents: --resume goes on with one, leave it out.")
     return args
 
 

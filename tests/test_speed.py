@@ -254,3 +254,12 @@ def test_a_signal_saves_every_seed(tmp_path, monkeypatch):
     assert stop.value.args[1] == 143 and stop.value.args[0].count("go on with --resume runs/") == 2
     folders = list(Path("runs").iterdir())
     assert [dmg_offline.load_checkpoint(str(folder))["step"] for folder in folders] == [20, 20]
+
+
+@pytest.mark.parametrize(
+    "script, flag",
+    [*((script, "resume") for script in (dmg_offline, dmg_finetune, iql, td3bc)), (dmg_finetune, "checkpoint")],
+)
+def test_several_seeds_cannot_go_on_from_one_run(script, flag):
+    with pytest.raises(script.Stop, match="--num-seeds starts new agents: --resume"):
+        script.resolve(script.Args(num_seeds=2, **{flag: "runs/x"}))
