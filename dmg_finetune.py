@@ -937,6 +937,11 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory here
     torch.set_float32_matmul_precision(args.matmul_precision)
+    if checkpoint:
+        env_id = checkpoint["args"].env_id
+        require(
+            env_id == args.env_id, f"{args.resume or args.checkpoint} was trained on {env_id}, not on {args.env_id}."
+        )
     plain = args.from_scratch and ("/" not in args.env_id or args.env_id in gym.registry)
     source = None if plain else open_minari(args)
     data = None
@@ -960,9 +965,8 @@ def train_seed(
     generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
     step, evaluations, started, eval_seed = 0, [], time.time(), 1000 * (args.seed + 1)
     if checkpoint:
-        given, env_id = args.resume or args.checkpoint, checkpoint["args"].env_id
-        require(env_id == args.env_id, f"{given} was trained on {env_id}, not on {args.env_id}.")
-        with explain(f"{given} does not fit {env_id}", "Is it damaged, or have the data or the environment changed?"):
+        unfit = f"{args.resume or args.checkpoint} does not fit {args.env_id}"
+        with explain(unfit, "Is it damaged, or have the data or the environment changed?"):
             agent.load_state_dict(checkpoint["agent"])
             for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
                 torch._foreach_copy_(optimizer.state(), state)

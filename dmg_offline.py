@@ -747,6 +747,9 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory here
     torch.set_float32_matmul_precision(args.matmul_precision)
+    if checkpoint:
+        env_id = checkpoint["args"].env_id
+        require(env_id == args.env_id, f"{args.resume} was trained on {env_id}, not on {args.env_id}.")
     source = open_minari(args)
     data = None if args.eval_only else load_dataset(args, source, make_env(args, source))
     signals = [] if args.eval_only else catch_signals()  # loading ends at once, training with a checkpoint
@@ -766,9 +769,8 @@ def train_seed(
     generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
     step, evaluations, started, eval_seed = 0, [], time.time(), 1000 * (args.seed + 1)
     if checkpoint:
-        given, env_id = args.resume, checkpoint["args"].env_id
-        require(env_id == args.env_id, f"{given} was trained on {env_id}, not on {args.env_id}.")
-        with explain(f"{given} does not fit {env_id}", "Is it damaged, or have the data or the environment changed?"):
+        unfit = f"{args.resume} does not fit {args.env_id}"
+        with explain(unfit, "Is it damaged, or have the data or the environment changed?"):
             agent.load_state_dict(checkpoint["agent"])
             for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
                 torch._foreach_copy_(optimizer.state(), state)
