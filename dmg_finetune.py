@@ -993,7 +993,7 @@ def train_seed(
     def score_agent() -> list:
         returns, lengths = evaluate(act, envs, args.eval_episodes, eval_seed)
         mean, std, score = returns.mean().item(), returns.std().item(), normalized_score(args, source, returns).mean()
-        tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}, score {score:.1f}")
+        tqdm.write(f"seed {args.seed}, step {step:,}: return {mean:.1f} +- {std:.1f}, score {score:.1f}")
         return [step, mean, std, score.item(), lengths.mean().item(), len(returns), time.time() - started]
 
     if args.eval_only:
