@@ -91,11 +91,11 @@ def test_training_does_not_depend_on_how_often_it_is_evaluated(run):
 
 
 def test_checkpoint_holds_what_training_moves(run):
-    checkpoint = load_checkpoint(str(run("a")))
+    checkpoint = load_checkpoint(str(run("a", gradient_steps=61)))
     names = {name.split(".")[0] for name in checkpoint["agent"]}
     assert {"actor", "critic", "value", "actor_target", "critic_target", "mean", "std"} <= names
     steps = [step.item() for step, *_ in checkpoint["optimizers"]]
-    assert steps == [30, 60, 60]  # actor, critic, value
+    assert steps == [30, 61, 61]  # actor (every second step, not the first), critic, value
 
 
 def test_the_score_is_that_of_the_saved_actor_on_normalised_states(run, hopper_file):
