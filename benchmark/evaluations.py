@@ -22,8 +22,8 @@ COLUMNS = [*RUN, "machine", *COLUMNS, "q_values", "diverged"]
 WORDS = ["script", "env_id", "dataset", "in_sample", "flags", "run", "machine"]
 # arguments that do not change what is learned or how it is scored, and what else args.json holds
 ASIDE = {*CELL, "seed", "dataset_path", "offline_steps", "checkpoint", "save_dataset", "resume", "eval_only", "cuda"}
-ASIDE |= {"torch_deterministic", "matmul_precision", "compile", "num_seeds", "eval_frequency", "capture_video", "track"}
-ASIDE |= {"wandb_project_name", "wandb_entity", "torch", "gymnasium", "mujoco", "minari", "commit"}
+ASIDE |= {"torch_deterministic", "matmul_precision", "compile", "cudagraphs", "num_seeds", "eval_frequency", "track"}
+ASIDE |= {"capture_video", "wandb_project_name", "wandb_entity", "torch", "gymnasium", "mujoco", "minari", "commit"}
 
 
 def refuse(condition: bool, sentence: str) -> None:
