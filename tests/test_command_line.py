@@ -209,7 +209,7 @@ def test_flags_beside_resume_replace_the_saved_ones(cli, small, tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     code, out, err = cli("--resume", str(folder), "--gradient-steps", "30")
     assert code == 0, err
-    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("step")] == ["step 30"]
+    assert [line.split(":")[0] for line in out.splitlines() if "step " in line] == ["seed 0, step 30"]
     checkpoint = load_checkpoint(str(folder))
     assert checkpoint["step"] == checkpoint["args"].gradient_steps == 30
     assert checkpoint["args"].batch_size == 8 and checkpoint["args"].resume is None
