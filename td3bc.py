@@ -218,7 +218,7 @@ def explain(what: str, advice: str = "", kind: type[Exception] = Exception) -> I
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 EXP_NAME = Path(__file__).stem
-CHECKPOINT_FORMAT = 2  # of `save` in train
+CHECKPOINT_FORMAT = 2  # of `save` in train_seed
 EVAL_COLUMNS = ("step", "return_mean", "return_std", "normalized_score", "length_mean", "episodes", "wall_seconds")
 REFERENCES = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3)}
 # the D4RL v2 names without "-v2", and 16 digits of the sha256 of their files, from tensorflow_datasets
