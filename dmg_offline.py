@@ -130,7 +130,11 @@ class TwinLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(2, 1, n_out).uniform_(-bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+        if not torch.compiler.is_compiling():
+            return torch.baddbmm(self.bias, x, self.weight)
+        # in one loop with what follows: the bias, and a product of width 1, which is slow as a product
+        product = (x * self.weight.mT).sum(-1, keepdim=True) if self.weight.shape[-1] == 1 else x @ self.weight
+        return product + self.bias
 
 
 def mlp(n_in: int, n_out: int, linear: type[nn.Module] = nn.Linear) -> list[nn.Module]:
@@ -664,14 +668,15 @@ class Adam:
         gradients = torch.autograd.grad(loss, self.parameters)
         with torch.no_grad():
             self.step += 1
-            step_size = self.learning_rate / (1 - 0.9**self.step)
+            # beta**step as exp, which is compiled to one number; a power is taken again for each vector of parameters
+            bias1, bias2 = (1 - (self.step * math.log(beta)).exp() for beta in (0.9, 0.999))
             torch._foreach_lerp_(self.m, gradients, 1 - 0.9)
             torch._foreach_mul_(self.v, 0.999)
             torch._foreach_addcmul_(self.v, gradients, gradients, 1 - 0.999)
             divisor = torch._foreach_sqrt(self.v)
-            torch._foreach_div_(divisor, (1 - 0.999**self.step).sqrt().to(loss.dtype))
+            torch._foreach_mul_(divisor, (1 / bias2.sqrt()).to(loss.dtype))
             torch._foreach_add_(divisor, 1e-8)
-            torch._foreach_div_(divisor, step_size.to(loss.dtype))
+            torch._foreach_mul_(divisor, (bias1 / self.learning_rate).to(loss.dtype))
             torch._foreach_addcdiv_(self.parameters, self.m, divisor, -1)
 
     def state(self) -> list[torch.Tensor]:
@@ -699,12 +704,14 @@ def accelerate(step: Callable[[bool], dict], args: Args, device: torch.device) -
     """
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the compiled function
-        torch._dynamo.config.recompile_limit = 1000  # one for each seed
-        compiled = torch.compile(step, fullgraph=True, options={"cpp_wrapper": device.type == "cpu"})
+        # nothing but update_actor changes between two calls: one function for either value, and no checks at each call
+        options = {"cpp_wrapper": device.type == "cpu", "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        plain, form = step, {"fullgraph": True, "isolate_recompiles": True, "options": options}
+        compiled = [torch.compile(f, **form) for f in (lambda: plain(False), lambda: plain(True))]
 
         def step(update_actor: bool) -> dict:
             with explain("--compile failed", "It needs a C++ compiler (g++ or clang++): install one or leave it out."):
-                return compiled(update_actor)
+                return compiled[update_actor]()
 
     if device.type != "cuda" or not args.cudagraphs:
         return step

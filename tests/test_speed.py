@@ -107,7 +107,8 @@ def test_compiled_and_plain_updates_agree_and_each_is_one_graph(script):
     compiled = script.accelerate(own_step, args, torch.device("cpu"))
     torch._dynamo.utils.counters.clear()
     for k in range(1, 5):
-        expected, found = step(k % 2 == 0), compiled(k % 2 == 0)
+        update_actor = script is iql or k % 2 == 0  # IQL moves its actor at every step
+        expected, found = step(update_actor), compiled(update_actor)
         assert expected.keys() == found.keys()
         for name, x in expected.items():
             torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
@@ -117,11 +118,26 @@ def test_compiled_and_plain_updates_agree_and_each_is_one_graph(script):
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
+def test_compiled_agents_in_one_process_keep_to_themselves():
+    """The compiled functions check nothing when they are called: each must belong to its agent and its kind of step."""
+    learners = [learner(dmg_offline, compile=True, lam=lam) for lam in (0.25, 1.0, 0.25)]
+    torch._dynamo.reset()
+    steps = [dmg_offline.accelerate(step, args, torch.device("cpu")) for _, step, args in learners]
+    for update_actor in (False, True, True, False):
+        for step in steps[:2]:
+            step(update_actor)
+    for update_actor in (False, True, True, False):
+        steps[2](update_actor)
+    (first, *_), (other, *_), (alone, *_) = learners
+    assert all(torch.equal(x, y) for x, y in zip(tensors(first), tensors(alone), strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(other.value.parameters(), alone.value.parameters(), strict=True))
+
+
 def test_compile_without_a_compiler_is_one_sentence(monkeypatch):
     _, step, args = learner(dmg_offline, compile=True)
 
     def broken(*_, **__):
-        def fail(_):
+        def fail():
             raise RuntimeError("No working C++ compiler found")
 
         return fail
