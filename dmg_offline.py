@@ -132,7 +132,7 @@ class TwinLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             return torch.baddbmm(self.bias, x, self.weight)
-        # in one loop with what follows: the bias, and a product of width 1, which is slow as a product
+        # compiled, the bias joins the next loop, and so does a width of 1, which is slow as a matrix product
         product = (x * self.weight.mT).sum(-1, keepdim=True) if self.weight.shape[-1] == 1 else x @ self.weight
         return product + self.bias
 
@@ -668,7 +668,7 @@ class Adam:
         gradients = torch.autograd.grad(loss, self.parameters)
         with torch.no_grad():
             self.step += 1
-            # beta**step as exp, which is compiled to one number; a power is taken again for each vector of parameters
+            # beta**step as an exp: compiled, a power would be taken again in every loop over the parameters
             bias1, bias2 = (1 - (self.step * math.log(beta)).exp() for beta in (0.9, 0.999))
             torch._foreach_lerp_(self.m, gradients, 1 - 0.9)
             torch._foreach_mul_(self.v, 0.999)
@@ -699,7 +699,7 @@ def capture(step: Callable[[], dict]) -> Callable[[], dict]:
 def accelerate(step: Callable[[bool], dict], args: Args, device: torch.device) -> Callable[[bool], dict]:
     """`step(update_actor)` without Python's and the launches' overhead; it must change tensors in place only.
 
-    With --compile the whole of it is one compiled function. On a GPU it is a CUDA graph for either value, captured at
+    With --compile it is one compiled function for either value. On a GPU it is a CUDA graph for either, captured at
     the fourth call, when three plain ones have warmed up the libraries; where that fails, it goes on without.
     """
     if args.compile:
@@ -765,7 +765,7 @@ def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[]
 
 
 def train_seed(
-    args: Args, source: minari.MinariDataset | None, data: tuple | None, checkpoint: dict | None, signals: list[int]
+    args: Args, source: MinariSet | None, data: tuple | None, checkpoint: dict | None, signals: list[int]
 ) -> Iterator[None]:
     """The training of one seed on `data` as load_dataset gives it, a gradient step at each `next`."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")

@@ -118,8 +118,9 @@ def test_compiled_and_plain_updates_agree_and_each_is_one_graph(script):
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
-def test_compiled_agents_in_one_process_keep_to_themselves():
+def test_compiled_agents_in_one_process_keep_to_themselves(monkeypatch):
     """The compiled functions check nothing when they are called: each must belong to its agent and its kind of step."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # more seeds than the limit, 8, must do
     learners = [learner(dmg_offline, compile=True, lam=lam) for lam in (0.25, 1.0, 0.25)]
     torch._dynamo.reset()
     steps = [dmg_offline.accelerate(step, args, torch.device("cpu")) for _, step, args in learners]
