@@ -144,25 +144,25 @@ class Batch(NamedTuple):
     terminated: torch.Tensor  # (B,), 1 where the episode ended for good; a timeout is 0
 
 
-class TwinLinear(nn.Module):
-    """Two nn.Linear side by side, (2, B, n_in) -> (2, B, n_out), each with nn.Linear's initialisation."""
+class Linear(nn.Module):
+    """nn.Linear, (B, n_in) -> (B, n_out), or two side by side, (2, B, n_in) -> (2, B, n_out)."""
 
-    def __init__(self, n_in: int, n_out: int):
+    def __init__(self, n_in: int, n_out: int, *nets: int):
         super().__init__()
-        bound = n_in**-0.5
-        self.weight = nn.Parameter(torch.empty(2, n_in, n_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(2, 1, n_out).uniform_(-bound, bound))
+        bound = n_in**-0.5  # nn.Linear's initialisation
+        self.weight = nn.Parameter(torch.empty(*nets, n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*nets, *[1] * len(nets), n_out).uniform_(-bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():
-            return torch.baddbmm(self.bias, x, self.weight)
+            return (torch.baddbmm if x.ndim == 3 else torch.addmm)(self.bias, x, self.weight)
         # compiled, the bias joins the next loop, and so does a width of 1, which is slow as a matrix product
         product = (x * self.weight.mT).sum(-1, keepdim=True) if self.weight.shape[-1] == 1 else x @ self.weight
         return product + self.bias
 
 
-def mlp(n_in: int, n_out: int, linear: type[nn.Module] = nn.Linear) -> list[nn.Module]:
-    return [linear(n_in, 256), nn.ReLU(), linear(256, 256), nn.ReLU(), linear(256, n_out)]
+def mlp(n_in: int, n_out: int, *nets: int) -> list[nn.Module]:
+    return [Linear(n_in, 256, *nets), nn.ReLU(), Linear(256, 256, *nets), nn.ReLU(), Linear(256, n_out, *nets)]
 
 
 class TwinCritic(nn.Module):
@@ -170,7 +170,7 @@ class TwinCritic(nn.Module):
 
     def __init__(self, state_dim: int, action_dim: int):
         super().__init__()
-        self.net = nn.Sequential(*mlp(state_dim + action_dim, 1, TwinLinear))
+        self.net = nn.Sequential(*mlp(state_dim + action_dim, 1, 2))
 
     def forward(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return self.net(torch.cat([s, a], -1).expand(2, -1, -1)).squeeze(-1)
@@ -205,10 +205,8 @@ class Agent(nn.Module):
         self.register_buffer("mean", torch.zeros(state_dim))
         self.register_buffer("std", torch.ones(state_dim))
         self.to(device)
-        self.actor_optimizer = Adam(self.actor, args.learning_rate)
-        self.critic_optimizer = Adam(self.critic, args.learning_rate)
-        self.value_optimizer = Adam(self.value, args.learning_rate)
-        self.optimizers = (self.actor_optimizer, self.critic_optimizer, self.value_optimizer)
+        self.optimizers = [Adam(net, args.learning_rate) for net in (self.actor, self.critic, self.value)]
+        self.actor_optimizer, self.critic_optimizer, self.value_optimizer = self.optimizers
 
 
 def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_actor: bool) -> dict[str, torch.Tensor]:
@@ -377,7 +375,7 @@ def explain(what: str, advice: str = "", kind: type[Exception] = Exception) -> I
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 EXP_NAME = Path(__file__).stem
-CHECKPOINT_FORMAT = 2  # of `save` in train_seed
+CHECKPOINT_FORMAT = 3  # of `save` in train_seed
 EVAL_COLUMNS = ("step", "return_mean", "return_std", "normalized_score", "length_mean", "episodes", "wall_seconds")
 REFERENCES = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3)}
 # the D4RL v2 names without "-v2", and 16 digits of the sha256 of their files, from tensorflow_datasets
@@ -810,10 +808,13 @@ def accelerate(step: Callable[[bool], dict], args: Args, device: torch.device) -
     """
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the compiled function
+        cpu, plain = device.type == "cpu", step
         # nothing but update_actor changes between two calls: one function for either value, and no checks at each call
-        options = {"cpp_wrapper": device.type == "cpu", "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        plain, form = step, {"fullgraph": True, "isolate_recompiles": True, "options": options}
-        compiled = [torch.compile(f, **form) for f in (lambda: plain(False), lambda: plain(True))]
+        options = {"cpp_wrapper": cpu, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        options |= {"pattern_matcher": not cpu}  # it makes `x @ weight + bias` an addmm, which on a CPU copies the bias
+        form = {"fullgraph": True, "isolate_recompiles": True}
+        # torch.compile takes entries out of options: a dictionary for each
+        compiled = [torch.compile(f, **form, options={**options}) for f in (lambda: plain(False), lambda: plain(True))]
 
         def step(update_actor: bool) -> dict:
             with explain("--compile failed", "It needs a C++ compiler (g++ or clang++): install one or leave it out."):
@@ -1132,7 +1133,7 @@ def train_seed(
                             action_dim, generator=generator, device=device
                         )
                         with torch.no_grad():
-                            action = (agent.actor(explorer.state) + exploration).clamp(-1, 1)
+                            action = (agent.actor(explorer.state[None])[0] + exploration).clamp(-1, 1)
                     explorer.step(action)
                 if 0 <= t < args.learning_starts:
                     metrics.clear()

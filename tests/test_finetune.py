@@ -374,7 +374,7 @@ def test_from_scratch_the_actors_gradient_is_td3s_over_the_mean_size_of_q():
     expected = torch.autograd.grad(-q1.mean(), [x for layer in weights for x in layer])
     for p, g in zip(agent.actor.parameters(), expected, strict=True):
         assert g.abs().max() > 1e-6
-        torch.testing.assert_close(q1.abs().mean().detach() * p.grad, g, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(q1.abs().mean().detach() * p.grad.t(), g, rtol=1e-9, atol=1e-12)
 
 
 # ---- resume ----

@@ -517,7 +517,7 @@ def resume(folder, monkeypatch, capsys, *more):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"format": 1}, "format 1, this script reads 2"),
+        ({"format": 1}, "format 1, this script reads 3"),
         ({"format": 99}, "format 99"),
         ({"script": "iql"}, "was written by iql.py"),
         ({"args": {"alpha": 2.5}}, "alpha"),

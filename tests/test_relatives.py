@@ -94,13 +94,13 @@ def hand_v(agent, x):
     """V of x: Dense -> LayerNorm (if V has it) -> ReLU twice, Dense."""
     *hidden, last = (layer for layer in agent.value if hasattr(layer, "weight"))
     for layer, after in zip(hidden, [*hidden[1:], last], strict=True):
-        if isinstance(layer, torch.nn.Linear):
-            x = F.linear(x, layer.weight, layer.bias)
+        if isinstance(layer, iql.Linear):
+            x = F.linear(x, layer.weight.T, layer.bias)
         else:
             x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
             x = layer.weight * x + layer.bias
-        x = x.relu() if isinstance(after, torch.nn.Linear) else x
-    return F.linear(x, last.weight, last.bias)[:, 0]
+        x = x.relu() if isinstance(after, iql.Linear) else x
+    return F.linear(x, last.weight.T, last.bias)[:, 0]
 
 
 def crossed(x, at):
@@ -166,20 +166,20 @@ def test_the_policy_is_a_gaussian_with_a_tanh_mean_and_one_clipped_standard_devi
     s, actor.log_std.data = 100 * torch.randn(BATCH, STATE), torch.tensor([-9.0, 0.5, 9.0])
     assert type(actor(s)) is torch.distributions.Normal  # not squashed: its samples leave [-1, 1]
     assert torch.equal(actor(s).stddev, torch.tensor([-5.0, 0.5, 2.0]).exp().expand(BATCH, ACTION))
-    close(actor(s).mean, forward(plain(actor.mean), s).tanh())
+    close(actor(s).mean, forward(plain(actor.mean), s).tanh(), atol=1e-5)
 
 
 @pytest.mark.parametrize("in_sample, norms", [("iql", 0), ("xql", 2), ("sql", 2)])
 def test_layers_are_orthogonal_without_biases_and_only_v_is_normalised(in_sample, norms):
     agent = iql.Agent(STATE, ACTION, iql.resolve(iql.Args(env_id=HOPPER, in_sample=in_sample)))
-    layers = [m for m in agent.modules() if isinstance(m, torch.nn.Linear | iql.TwinLinear)]
+    layers = [m for m in agent.modules() if isinstance(m, iql.Linear)]
     assert len(layers) == 12
     for layer in layers:
         assert not layer.bias.any()
         for w in layer.weight.detach().view(-1, *layer.weight.shape[-2:]):
             w = w if w.shape[0] <= w.shape[1] else w.T
             close(w @ w.T, 2 * torch.eye(len(w)), atol=1e-5)
-        assert isinstance(layer, torch.nn.Linear) or not torch.equal(*layer.weight)
+        assert layer.weight.ndim == 2 or not torch.equal(*layer.weight)
     assert same(agent.critic.state_dict(), agent.critic_target.state_dict())
     for net in (agent, agent.value):
         assert sum(isinstance(m, torch.nn.LayerNorm) for m in net.modules()) == norms
@@ -392,7 +392,7 @@ def test_evaluation_takes_the_mean_action_and_online_steps_a_clipped_sample():
     noise = torch.randn(1000, *mu.shape, generator=torch.Generator().manual_seed(1))
     samples = (mu + math.exp(-0.5) * noise).clamp(-1, 1)
     for of in (lambda x: (x.abs() == 1).float(), lambda x: (x - mu).abs(), lambda x: (x - mu).square()):
-        assert of(a).mean().item() == pytest.approx(of(samples).mean().item(), rel=0.15)
+        assert of(a).mean().item() == pytest.approx(of(samples).mean().item(), rel=0.25, abs=0.06)  # 3 sigma
 
 
 def test_the_actors_learning_rate_alone_is_a_cosine_offline_and_constant_if_online_steps_follow():

@@ -134,6 +134,16 @@ def test_compiled_agents_in_one_process_keep_to_themselves(monkeypatch):
     assert not any(torch.equal(x, y) for x, y in zip(other.value.parameters(), alone.value.parameters(), strict=True))
 
 
+@SCRIPTS
+def test_no_compiled_function_checks_its_guards(script, monkeypatch):
+    """torch.compile takes guard_filter_fn out of the options it is given: shared options had left it to the first."""
+    filters = []
+    monkeypatch.setattr(torch, "compile", lambda f, *, options, **_: filters.append(options.pop("guard_filter_fn", 0)))
+    _, step, args = learner(script, compile=True)
+    script.accelerate(step, args, torch.device("cpu"))
+    assert filters == [torch.compiler.skip_all_guards_unsafe] * 2
+
+
 def test_compile_without_a_compiler_is_one_sentence(monkeypatch):
     _, step, args = learner(dmg_offline, compile=True)
 

@@ -49,7 +49,7 @@ def forward(weights, x):
 
 
 def plain(net):
-    return [(layer.weight, layer.bias) for layer in net if hasattr(layer, "weight")]
+    return [(layer.weight.T, layer.bias) for layer in net if hasattr(layer, "weight")]
 
 
 def twin(critic, k):
