@@ -8,6 +8,7 @@ dataset's (the actor's, held there by a penalty nu), weight lam, and over the da
 """
 
 import copy
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -700,6 +701,9 @@ def accelerate(step: Callable[[bool], dict], args: Args, device: torch.device) -
     With --compile it is one compiled function for either value. On a GPU it is a CUDA graph for either, captured at
     the fourth call, when three plain ones have warmed up the libraries; where that fails, it goes on without.
     """
+    with suppress(AttributeError, TypeError):  # glibc alone: keep what a step frees, a new page costs more than its use
+        for option, size in ((-3, 2**25), (-1, 2**30)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the compiled function
         cpu, plain = device.type == "cpu", step
