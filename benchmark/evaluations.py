@@ -126,9 +126,11 @@ def algorithm(cell: pd.Series) -> str | None:
 
 
 def is_paper_setting(cell: pd.Series) -> bool:
-    """lam and nu of App. C.1."""
+    """lam and nu of App. C.1, which knows no nu for a file of the user's own: whichever he chose."""
     if "DMG" not in (cell.algorithm or ""):
         return cell.algorithm is not None
+    if cell.dataset:
+        return cell.lam == 0.25
     antmaze, name = "antmaze" in cell.env_id.lower().replace("_", ""), Path(cell.env_id).name + cell.dataset
     return cell.lam == 0.25 and cell.nu == (0.5 if antmaze else 10 if "expert" in name else 0.1)
 

@@ -87,6 +87,7 @@ def wide(chosen: pd.DataFrame, number: int, names: list[str], deviation: str = "
             for name in kept:
                 cell = cells[cells.algorithm == name]
                 row[name] = score_text(cell.iloc[0], deviation) if len(cell) else ""
+                row[name] += "".join(f", nu {x.nu:g}" for x in cell.itertuples() if x.dataset and x.nu == x.nu)
                 row |= {f"{name}, paper": paper_text(number, shown, name)} if paper else {}
             rows.append(row)
         if paper:
@@ -324,8 +325,9 @@ def report(data: pd.DataFrame, args: Args) -> str:
             for caption, part in each(cells[cells.algorithm.isin(names)]):
                 yield caption + family, part
 
+    own = ", on a file of one's own the nu that most seeds have"
     cell = "Cells: mean ± sample standard deviation of the last score (finished seeds, and what else there is)."
-    tables(2, "offline", offline, ["TD3BC", "IQL", "DMG"], f"{cell} lam and nu as in App. C.1.")
+    tables(2, "offline", offline, ["TD3BC", "IQL", "DMG"], f"{cell} lam and nu as in App. C.1{own}.")
     tables(3, "XQL and SQL, alone and with DMG", offline, ["XQL", "XQL+DMG", "SQL", "SQL+DMG"], cell)
     names = ["TD3", "IQL offline", "IQL online", "DMG offline", "DMG online"]
     tables(4, "offline to online", before_and_after(chosen), names, f"{cell} offline: the score at the hand-over.")

@@ -58,6 +58,8 @@ def by_hand(tmp_path_factory):
     runs += [a_run(3, {500_000: 80.0}), a_run(4, {500_000: 80.0, 500_001: None})]
     runs += [a_run(0, {500_000: 33.0}, steps=500_000), a_run(0, {MILLION: 22.0}, flags="gamma=0.9")]
     runs += [a_run(seed, {MILLION: 77.0}, dataset="mine.hdf5") for seed in (0, 1)]
+    runs += [a_run(0, {MILLION: 78.0}, dataset="mine.hdf5", nu=10.0)]
+    runs += [a_run(0, {MILLION: 79.0}, dataset="narrow.hdf5", nu=10.0)]
     runs += [a_run(seed, {MILLION: score}, lam=1.0) for seed, score in enumerate((11.0, 13.0, 11.0, 13.0, 12.0))]
     runs += [a_run(5, {500_000: 12.0, 600_000: None}, lam=1.0)]
     runs += [a_run(seed, {MILLION: score}, nu=10.0) for seed, score in enumerate((60.0, 62.0))]
@@ -88,7 +90,8 @@ def test_table_2_has_the_mean_of_the_finished_seeds_and_the_papers_column_for_d4
     assert row in whole[1]
     assert "| **locomotion total** | 51.5 (1 of 15 sets) | 66.2 | 100.0 (1 of 15 sets) | 100.6 |" in whole[1]
     assert half[0] == "D4RL v2 locomotion, 500,000 gradient steps" and "| 33.0 (1) |" in half[1]
-    assert other[0].startswith("other data") and "| hopper-medium-v2 (mine.hdf5) | 77.0 ± 0.0 (2) |" in other[1]
+    assert other[0].startswith("other data") and "| hopper-medium-v2 (mine.hdf5) | 77.0 ± 0.0 (2), nu 0.1 |" in other[1]
+    assert "| hopper-medium-v2 (narrow.hdf5) | 79.0 (1), nu 10 |" in other[1]
     assert "paper" not in other[1]
 
 
@@ -119,7 +122,7 @@ def test_rliable_recomputed(by_hand):
 def test_run_times(by_hand):
     numbers = pd.read_csv(by_hand[0] / "run_time.csv").set_index("what")
     hours = numbers["hours per 1M steps"]  # an hour each: one of them for half the steps
-    assert hours["DMG, locomotion, m"] == round((13 * 1 + 2) / 14, 2) and hours["IQL, locomotion, m"] == 1
+    assert hours["DMG, locomotion, m"] == round((15 * 1 + 2) / 16, 2) and hours["IQL, locomotion, m"] == 1
 
 
 def test_every_picture_of_the_report_is_there_and_shows_something(by_hand):
@@ -164,7 +167,7 @@ def test_run_folders_become_rows_once_and_are_not_needed_again(tmp_path, monkeyp
         assert dmg_offline.main() == (0 if name == "good" else 3)
     assert cli("runs", "--machine", "mine", "--bootstrap-samples", "5")[0] == 0
     first = Path("report/report.md").read_text()
-    assert "| Hopper-v4 (bad.hdf5) | - (0, 1 diverged) |" in first
+    assert "| Hopper-v4 (bad.hdf5) | - (0, 1 diverged), nu 0.1 |" in first
 
     data = pd.read_csv("report/evaluations.csv", keep_default_na=False, float_precision="round_trip")
     assert set(data.machine) == {"mine"} and set(data.lam) == {0.25}
