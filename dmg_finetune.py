@@ -479,10 +479,8 @@ def minari_spec(saved: dict) -> gym.envs.registration.EnvSpec:
     harmless = re.compile(r"gymnasium\.wrappers\.(common|stateful_\w+|transform_\w+):[A-Z]\w+")
     expect(all(harmless.fullmatch(x["entry_point"]) for x in wrappers), f"its environment has wrappers {wrappers}")
     arguments = json.dumps([saved["kwargs"], [x["kwargs"] for x in wrappers]])
-    words = re.findall('"(.*?)"', arguments)
-    expect(
-        all(re.fullmatch(r"(\w[\w. -]*)?", x) for x in words), f"its environment's arguments name paths: {arguments}"
-    )
+    plain = all(re.fullmatch(r"(\w[\w. -]*)?", x) for x in re.findall('"(.*?)"', arguments))
+    expect(plain, f"its environment's arguments name paths: {arguments}")
     changes = {name: saved[name] for name in ("kwargs", "max_episode_steps")}
     wrappers = tuple(gym.envs.registration.WrapperSpec(**x) for x in wrappers)
     return dataclasses.replace(spec, **changes, additional_wrappers=wrappers)
@@ -1168,13 +1166,8 @@ def resolve(args: Args) -> Args:
         require(given in (x, getattr(Args, name)), f"--from-scratch is TD3, which sets --{flag} {x}: leave it out.")
     args = dataclasses.replace(args, **limit)
     name = Path(args.env_id).name + Path(args.dataset_path or "").name
-    defaults = {
-        "nu": 10.0 if "expert" in name else 0.1,
-        "expectile": 0.7,
-        "inverse_temperature": 3.0,
-        "max_weight": 3.0,
-    }
-    defaults |= {"eval_frequency": 20_000, "eval_episodes": 10}
+    defaults = {"nu": 10.0 if "expert" in name else 0.1, "expectile": 0.7}
+    defaults |= {"inverse_temperature": 3.0, "max_weight": 3.0, "eval_frequency": 20_000, "eval_episodes": 10}
     if is_antmaze(args):
         defaults = {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0, "max_weight": 100.0}
         defaults |= {"eval_frequency": 50_000, "eval_episodes": 100}

@@ -325,10 +325,8 @@ def minari_spec(saved: dict) -> gym.envs.registration.EnvSpec:
     harmless = re.compile(r"gymnasium\.wrappers\.(common|stateful_\w+|transform_\w+):[A-Z]\w+")
     expect(all(harmless.fullmatch(x["entry_point"]) for x in wrappers), f"its environment has wrappers {wrappers}")
     arguments = json.dumps([saved["kwargs"], [x["kwargs"] for x in wrappers]])
-    words = re.findall('"(.*?)"', arguments)
-    expect(
-        all(re.fullmatch(r"(\w[\w. -]*)?", x) for x in words), f"its environment's arguments name paths: {arguments}"
-    )
+    plain = all(re.fullmatch(r"(\w[\w. -]*)?", x) for x in re.findall('"(.*?)"', arguments))
+    expect(plain, f"its environment's arguments name paths: {arguments}")
     changes = {name: saved[name] for name in ("kwargs", "max_episode_steps")}
     wrappers = tuple(gym.envs.registration.WrapperSpec(**x) for x in wrappers)
     return dataclasses.replace(spec, **changes, additional_wrappers=wrappers)
