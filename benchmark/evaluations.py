@@ -126,7 +126,7 @@ def algorithm(cell: pd.Series) -> str | None:
 
 
 def is_paper_setting(cell: pd.Series) -> bool:
-    """lam and nu of App. C.1, which knows no nu for a file of the user's own: whichever he chose."""
+    """lam and nu of App. C.1, which knows no nu for a file of the user's own: any will do there."""
     if "DMG" not in (cell.algorithm or ""):
         return cell.algorithm is not None
     if cell.dataset:
