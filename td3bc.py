@@ -119,15 +119,15 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*nets, *[1] * len(nets), n_out).uniform_(-bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling():
-            return (torch.baddbmm if x.ndim == 3 else torch.addmm)(self.bias, x, self.weight)
-        # compiled, the bias joins the next loop, and so does a width of 1, which is slow as a matrix product
-        product = (x * self.weight.mT).sum(-1, keepdim=True) if self.weight.shape[-1] == 1 else x @ self.weight
-        return product + self.bias
+        if self.weight.shape[-1] == 1:  # slow as a matrix product
+            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
+        if torch.compiler.is_compiling():  # the bias joins the next loop
+            return x @ self.weight + self.bias
+        return (torch.baddbmm if x.ndim == 3 else torch.addmm)(self.bias, x, self.weight)
 
 
 def mlp(n_in: int, n_out: int, *nets: int) -> list[nn.Module]:
-    return [Linear(n_in, 256, *nets), nn.ReLU(), Linear(256, 256, *nets), nn.ReLU(), Linear(256, n_out, *nets)]
+    return [Linear(n_in, 256, *nets), nn.ReLU(True), Linear(256, 256, *nets), nn.ReLU(True), Linear(256, n_out, *nets)]
 
 
 class TwinCritic(nn.Module):
@@ -609,16 +609,20 @@ class Adam:
     def __init__(self, net: nn.Module, learning_rate: float):
         self.parameters = list(net.parameters())
         self.m, self.v = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
-        scalar = {"dtype": torch.float64, "device": self.m[0].device}
-        self.step, self.learning_rate = torch.tensor(0, **scalar), torch.tensor(learning_rate, **scalar)
+        self.step, self.learning_rate = (self.m[0].new_tensor(x) for x in (0.0, learning_rate))
 
     def minimise(self, loss: torch.Tensor) -> None:
         """One step on the parameters of `net`; other networks that the loss passes through get no gradient."""
-        gradients = torch.autograd.grad(loss, self.parameters)
+        gradients = [x.contiguous() for x in torch.autograd.grad(loss, self.parameters)]
         with torch.no_grad():
             self.step += 1
-            # beta**step as an exp: compiled, a power would be taken again in every loop over the parameters
-            bias1, bias2 = (1 - (self.step * math.log(beta)).exp() for beta in (0.9, 0.999))
+            if not torch.compiler.is_compiling():  # torch's own, one pass over the memory; it cannot be compiled
+                lists = self.parameters, gradients, self.m, self.v, [], [self.step] * len(self.m)
+                rest = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
+                torch._fused_adam_(*lists, lr=self.learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, **rest)
+                return
+            # beta**step as an exp: a power would be taken again in every loop over the parameters
+            bias1, bias2 = (1 - (self.step.double() * math.log(beta)).exp() for beta in (0.9, 0.999))
             torch._foreach_lerp_(self.m, gradients, 1 - 0.9)
             torch._foreach_mul_(self.v, 0.999)
             torch._foreach_addcmul_(self.v, gradients, gradients, 1 - 0.999)

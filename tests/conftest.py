@@ -48,6 +48,7 @@ def float64_agent(script, *args):
     agent = script.Agent(*args).double()
     for optimizer in agent.optimizers:
         optimizer.m, optimizer.v = ([x.double() for x in moments] for moments in (optimizer.m, optimizer.v))
+        optimizer.step, optimizer.learning_rate = (optimizer.m[0].new_tensor(x) for x in (0.0, args[2].learning_rate))
     return agent
 
 

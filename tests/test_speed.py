@@ -99,7 +99,7 @@ def test_operator_calls_a_step(script):
         with Count():
             step(update_actor)
         found.append(sum(n for name, n in calls.items() if name not in views))
-    most = {dmg_offline: (152, 260), dmg_finetune: (152, 260), iql: (220, 220), td3bc: (100, 200)}[script]
+    most = {dmg_offline: (110, 185), dmg_finetune: (110, 185), iql: (164, 164), td3bc: (56, 110)}[script]
     assert found[0] <= most[0] and found[1] <= most[1], found
 
 
