@@ -749,7 +749,7 @@ def load_checkpoint(folder: str, script: str = EXP_NAME) -> dict:
 # ---- end of data, environments, evaluation, run folder ----
 # ---- shared by all scripts: speed and seeds ----
 class Adam:
-    """Adam written out, with all that changes in tensors: a compiled update or a CUDA graph can hold it."""
+    """Adam with all that changes in tensors, as a compiled update or a CUDA graph needs it."""
 
     def __init__(self, net: nn.Module, learning_rate: float):
         self.parameters = list(net.parameters())
@@ -761,12 +761,12 @@ class Adam:
         gradients = [x.contiguous() for x in torch.autograd.grad(loss, self.parameters)]
         with torch.no_grad():
             self.step += 1
-            if not torch.compiler.is_compiling():  # torch's own, one pass over the memory; it cannot be compiled
+            if not torch.compiler.is_compiling():  # one pass over the memory, one kernel on a GPU
                 lists = self.parameters, gradients, self.m, self.v, [], [self.step] * len(self.m)
                 rest = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
                 torch._fused_adam_(*lists, lr=self.learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, **rest)
                 return
-            # beta**step as an exp: a power would be taken again in every loop over the parameters
+            # torch cannot compile that; beta**step as an exp: a power would be taken again in every loop
             bias1, bias2 = (1 - (self.step.double() * math.log(beta)).exp() for beta in (0.9, 0.999))
             torch._foreach_lerp_(self.m, gradients, 1 - 0.9)
             torch._foreach_mul_(self.v, 0.999)
