@@ -159,7 +159,11 @@ def summarise_cells(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def choose(cells: pd.DataFrame) -> pd.DataFrame:
-    """The paper's settings, and of those the flags with the most finished seeds: one cell for each place in a table."""
-    cells = cells[cells.paper_setting].sort_values("n", ascending=False, kind="stable")
+    """The paper's settings, and of those the flags with the most finished seeds: one cell for each place in a table.
+
+    Of nu and flags with as many seeds each, those that have the most over all sets.
+    """
+    cells = cells.assign(everywhere=cells.groupby(["nu", "flags"], dropna=False).n.transform("sum"))
+    cells = cells[cells.paper_setting].sort_values(["n", "everywhere"], ascending=False, kind="stable")
     cells = cells.drop_duplicates(["algorithm", "set", "data", "gradient_steps", "online_steps"])
     return cells.sort_index()

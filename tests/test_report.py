@@ -60,6 +60,7 @@ def by_hand(tmp_path_factory):
     runs += [a_run(seed, {MILLION: 77.0}, dataset="mine.hdf5") for seed in (0, 1)]
     runs += [a_run(0, {MILLION: 78.0}, dataset="mine.hdf5", nu=10.0)]
     runs += [a_run(0, {MILLION: 79.0}, dataset="narrow.hdf5", nu=10.0)]
+    runs += [a_run(0, {MILLION: 21.0}, dataset="narrow.hdf5", nu=1.0)]  # as many seeds, but 10 is what others have
     runs += [a_run(seed, {MILLION: score}, lam=1.0) for seed, score in enumerate((11.0, 13.0, 11.0, 13.0, 12.0))]
     runs += [a_run(5, {500_000: 12.0, 600_000: None}, lam=1.0)]
     runs += [a_run(seed, {MILLION: score}, nu=10.0) for seed, score in enumerate((60.0, 62.0))]
