@@ -767,7 +767,7 @@ class Adam:
 
     def minimise(self, loss: torch.Tensor) -> None:
         """One step on the parameters of `net`; other networks that the loss passes through get no gradient."""
-        gradients = [x.contiguous() for x in torch.autograd.grad(loss, self.parameters)]
+        gradients = [x.contiguous() for x in torch.autograd.grad(loss, self.parameters)]  # as the kernel reads them
         with torch.no_grad():
             self.step += 1
             if not torch.compiler.is_compiling():  # one pass over the memory, one kernel on a GPU

@@ -57,8 +57,12 @@ def test_adam_is_torchs():
     own, torchs = dmg_offline.Adam(net, 1e-3), torch.optim.Adam(twin.parameters(), lr=1e-3)
     for _ in range(20):
         own.minimise((net(x) - target).square().sum())
+        own.minimise((net.weight.T * x[:7, :3]).square().sum() + net.bias.sum())  # a transposed gradient
         torchs.zero_grad()
         (twin(x) - target).square().sum().backward()
+        torchs.step()
+        torchs.zero_grad()
+        ((twin.weight.T * x[:7, :3]).square().sum() + twin.bias.sum()).backward()
         torchs.step()
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
