@@ -77,6 +77,14 @@ def totals(chosen: pd.DataFrame, number: int, names: list[str], domain: str) -> 
     return row
 
 
+def total_of_other_data(chosen: pd.DataFrame, names: list[str]) -> list[dict[str, str]]:
+    """One row, the sums over the sets for which every algorithm has a score; none where that is one set or none."""
+    scores = chosen[(chosen.n > 0) & ~chosen.raw].pivot(index="set", columns="algorithm", values="mean")
+    scores = scores.reindex(columns=names).dropna()
+    row = {"data": f"**total of {len(scores)} sets**"} | {name: f"{scores[name].sum():.1f}" for name in names}
+    return [row] if len(scores) > 1 else []
+
+
 def wide(chosen: pd.DataFrame, number: int, names: list[str], deviation: str = "std") -> Iterator[tuple[str, list]]:
     """(caption, rows) for each kind of data and number of steps: what must not be mixed gets tables of its own."""
     chosen = chosen[chosen.algorithm.isin(names)]
@@ -92,6 +100,8 @@ def wide(chosen: pd.DataFrame, number: int, names: list[str], deviation: str = "
             rows.append(row)
         if paper:
             rows.append(totals(part, number, kept, data.split()[-1]))
+        else:
+            rows += total_of_other_data(part, kept)
         yield f"{data}, {steps:,} gradient steps" + (f", {online:,} online steps" if online else ""), rows
 
 

@@ -65,6 +65,12 @@ def by_hand(tmp_path_factory):
     runs += [a_run(5, {500_000: 12.0, 600_000: None}, lam=1.0)]
     runs += [a_run(seed, {MILLION: score}, nu=10.0) for seed, score in enumerate((60.0, 62.0))]
     none = {"lam": np.nan, "nu": np.nan}
+    runs += [a_run(0, {MILLION: 30.5}, script="iql", dataset="narrow.hdf5", **none)]
+    runs += [a_run(0, {MILLION: 40.0}, script="iql", dataset="mine.hdf5", **none)]
+    runs += [a_run(0, {MILLION: 50.0}, script="iql", dataset="without-dmg.hdf5", **none)]
+    for script, other in (("iql", none), ("dmg_offline", {})):  # no reference: the score is the return
+        runs += [a_run(0, {MILLION: 3000.0}, "Ant-v5", script, dataset="raw.hdf5", **other)]
+        runs[-1][-1]["return_mean"] = 3000.0
     runs += [a_run(seed, {MILLION: 50.0 + seed}, script="iql", **none) for seed in range(4)]
     runs += [a_run(seed, {MILLION: 70.0 + seed}, script="iql", in_sample="xql", **none) for seed in (0, 1)]
     runs += [a_run(seed, {MILLION: 95.0 + seed}, in_sample="xql") for seed in (0, 1)]
@@ -91,8 +97,10 @@ def test_table_2_has_the_mean_of_the_finished_seeds_and_the_papers_column_for_d4
     assert row in whole[1]
     assert "| **locomotion total** | 51.5 (1 of 15 sets) | 66.2 | 100.0 (1 of 15 sets) | 100.6 |" in whole[1]
     assert half[0] == "D4RL v2 locomotion, 500,000 gradient steps" and "| 33.0 (1) |" in half[1]
-    assert other[0].startswith("other data") and "| hopper-medium-v2 (mine.hdf5) | 77.0 ± 0.0 (2), nu 0.1 |" in other[1]
-    assert "| hopper-medium-v2 (narrow.hdf5) | 79.0 (1), nu 10 |" in other[1]
+    assert other[0].startswith("other data")
+    assert "| hopper-medium-v2 (mine.hdf5) | 40.0 (1) | 77.0 ± 0.0 (2), nu 0.1 |" in other[1]
+    assert "| hopper-medium-v2 (narrow.hdf5) | 30.5 (1) | 79.0 (1), nu 10 |" in other[1]
+    assert "| **total of 2 sets** | 70.5 | 156.0 |" in other[1]  # of those with both, raw returns left out
     assert "paper" not in other[1]
 
 
