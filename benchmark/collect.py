@@ -1,6 +1,8 @@
 """Rollouts of a trained agent as a Minari set; those of a TD3 that was stopped half-way are what D4RL calls medium.
 
-python benchmark/collect.py runs/Hopper-v5__dmg_finetune__0__1795000000 own/hopper/medium-v0
+    python benchmark/collect.py runs/Hopper-v5__dmg_finetune__0__1795000000 own/hopper/medium-v0
+
+Nothing is written before the end, and then all at once.
 """
 
 import dataclasses
@@ -28,7 +30,7 @@ class Args:
     noise: float = 0.1
     """standard deviation of the noise on the actions, 0 or more, in units of the action range [-1, 1]"""
     seed: int = 100
-    """seed of noise and episodes; one that no training has, or the episodes start where its own did"""
+    """seed of noise and episodes, [0, 1e9]; one that no training has, or the episodes start where its own did"""
 
 
 def collect(args: Args) -> None:
@@ -37,7 +39,8 @@ def collect(args: Args) -> None:
     saved = {"save_dataset": args.dataset_id, "online_steps": args.transitions, "seed": args.seed}
     trained = dataclasses.replace(checkpoint["args"], num_seeds=1, **saved)
     dmg.require(args.transitions > 0, f"--transitions {args.transitions}: at least 1 is needed.")
-    dmg.require(args.noise >= 0, f"--noise {args.noise}: a standard deviation is not negative.")
+    dmg.require(0 <= args.noise < float("inf"), f"--noise {args.noise}: a number of 0 or more is needed.")
+    dmg.require(0 <= args.seed <= 10**9, f"--seed {args.seed} is outside [0, 1e9].")
     dmg.check_save_dataset(trained)
     plain = trained.from_scratch and ("/" not in trained.env_id or trained.env_id in gym.registry)
     source = None if plain else dmg.open_minari(trained)
@@ -47,7 +50,9 @@ def collect(args: Args) -> None:
     agent.load_state_dict(checkpoint["agent"])
     widths = {"observations": (state_dim,), "actions": (action_dim,), "next_observations": (state_dim,)}
     nothing = dmg.Batch(*(torch.empty(0, *widths.get(name, ())) for name in dmg.Batch._fields))
-    explorer = dmg.Explorer(env, dmg.Replay(nothing, args.transitions, "cpu"), agent, trained)
+    with dmg.explain(f"cannot hold {args.transitions:,} transitions in memory"):
+        replay = dmg.Replay(nothing, args.transitions, "cpu")
+    explorer = dmg.Explorer(env, replay, agent, trained)
     explorer.begin()
     generator = torch.Generator().manual_seed(args.seed)
     for _ in trange(args.transitions, unit=" steps", desc=args.dataset_id):
@@ -69,5 +74,5 @@ if __name__ == "__main__":
     except dmg.Stop as stop:
         print(stop.args[0], file=sys.stderr)
         sys.exit(stop.args[1])
-    except KeyboardInterrupt:  # nothing is written before the end
+    except KeyboardInterrupt:
         sys.exit(130)

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 STEPS=${STEPS:-300000} # gradient steps of each run, and online steps of those that go on online
-# steps of the TD3 of HalfCheetah, Hopper, Walker2d: until it is half-way, as D4RL's; its replay is the medium-replay set
+# steps of the TD3 of HalfCheetah, Hopper, Walker2d: meant to be half-way, as D4RL's; its replay is the medium-replay set
 read -ra TD3_STEPS <<<"${TD3_STEPS:-100000 200000 300000}"
 MEDIUM_STEPS=${MEDIUM_STEPS:-300000} # transitions of each medium set, which that TD3's last agent makes
 SEEDS=${SEEDS:-0 1 2}

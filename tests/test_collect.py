@@ -104,7 +104,10 @@ def test_dmg_offline_trains_on_the_set_and_finds_its_references_there(td3):
         ("RUN nonsense", "not a Minari id"),
         ("runs/none my/new-v0", "runs/none"),
         ("RUN my/new-v0 --transitions 0", "--transitions 0"),
+        ("RUN my/new-v0 --transitions 1000000000000000", "1,000,000,000,000,000"),
         ("RUN my/new-v0 --noise -1", "--noise -1"),
+        ("RUN my/new-v0 --noise inf", "--noise inf"),
+        ("RUN my/new-v0 --seed -1", "--seed -1"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(td3, argv, word):
