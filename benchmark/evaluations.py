@@ -158,6 +158,12 @@ def summarise_cells(runs: pd.DataFrame) -> pd.DataFrame:
     return cells
 
 
+def of_cell(rows: pd.DataFrame, cell: pd.Series) -> pd.DataFrame:
+    """The rows that belong to a cell; an empty lam equals an empty lam."""
+    same = [(rows[name] == cell[name]) | (rows[name].isna() & pd.isna(cell[name])) for name in CELL]
+    return rows[np.logical_and.reduce(same)]
+
+
 def choose(cells: pd.DataFrame) -> pd.DataFrame:
     """The paper's settings, and of those the flags with the most finished seeds: one cell for each place in a table.
 

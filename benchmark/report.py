@@ -17,7 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from evaluations import CELL, D4RL, PAPER, choose, collect, refuse, summarise_cells, summarise_runs, write
+from claims import ablations, claims
+from evaluations import D4RL, PAPER, choose, collect, of_cell, refuse, summarise_cells, summarise_runs, write
 from matplotlib.ticker import EngFormatter
 from rliable import library as rly
 from rliable import metrics
@@ -192,18 +193,12 @@ def curves(data: pd.DataFrame, part: pd.DataFrame, path: Path) -> str:
     return save(figure, path)
 
 
-def of_cell(rows: pd.DataFrame, cell: pd.Series) -> pd.DataFrame:
-    """The rows that belong to a cell; an empty lam equals an empty lam."""
-    same = [(rows[name] == cell[name]) | (rows[name].isna() & pd.isna(cell[name])) for name in CELL]
-    return rows[np.logical_and.reduce(same)]
-
-
 def ablation(runs: pd.DataFrame, groups: list[pd.DataFrame], name: str, path: Path) -> str:
     """Figs. 1 and 2: last score and last mean Q over the coefficient `name`; a cross where seeds diverged."""
     other = "nu" if name == "lam" else "lam"
     figure, axes = panels(len(groups), rows=2)
     for column, cells in zip(axes.T, groups, strict=True):
-        cells, first = cells.sort_values(name), cells.iloc[0]
+        first = cells.iloc[0]
         column[0].set_title(f"{first['set']}\n{other} = {first[other]:g}", fontsize=9)
         for axis, value in zip(column, ("normalized_score", "q_values"), strict=True):
             done = [of_cell(runs, cell).query("state == 'finished'")[value] for _, cell in cells.iterrows()]
@@ -335,6 +330,10 @@ def report(data: pd.DataFrame, args: Args) -> str:
             for caption, part in each(cells[cells.algorithm.isin(names)]):
                 yield caption + family, part
 
+    what = "± is the standard error over seeds. Yes, no: by more than two of the difference; of one seed by its sign."
+    rows = claims(runs, cells, chosen)
+    section("What the paper says of DMG", what, [table("claims", rows)] if rows else [])
+
     own = ", on a file of one's own the nu that most seeds have"
     cell = "Cells: mean ± sample standard deviation of the last score (finished seeds, and what else there is)."
     tables(2, "offline", offline, ["TD3BC", "IQL", "DMG"], f"{cell} lam and nu as in App. C.1{own}.")
@@ -351,11 +350,9 @@ def report(data: pd.DataFrame, args: Args) -> str:
     section("Learning curves (Figs. 4-6)", "Mean over seeds, shaded: sample standard deviation.", pictures)
 
     for name, figure in (("lam", 1), ("nu", 2)):
-        pictures, dmg = [], cells[(cells.algorithm == "DMG") & (cells.online_steps == 0)]
-        for caption, part in each(dmg):
-            rest = [column for column in CELL if column != name]
-            groups = [group for _, group in part.groupby(rest, dropna=False) if group[name].nunique() > 1]
-            if groups:
+        pictures = []
+        for caption, part in each(cells[cells.online_steps == 0]):
+            if groups := [*ablations(part, name)]:
                 picture = ablation(runs, groups, name, args.folder / f"{slug(f'ablation {name} {caption}')}.png")
                 pictures.append(f"Data: {caption}.\n\n![{name}]({picture})\n")
         crosses = "Last score and last mean Q, mean and sample standard deviation of the finished seeds"

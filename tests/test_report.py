@@ -1,5 +1,6 @@
 """benchmark/report.py: numbers recomputed by hand, pictures that show something, missing and diverged runs."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 pytest.importorskip("rliable")
 plt = pytest.importorskip("matplotlib.pyplot")
 
+import claims  # noqa: E402
 import evaluations  # noqa: E402
 import report  # noqa: E402
 from evaluations import COLUMNS, D4RL, PAPER  # noqa: E402
@@ -119,6 +121,46 @@ def test_the_overview_has_every_setting_and_what_tells_them_apart(by_hand):
     numbers = pd.read_csv(by_hand[0] / "cells.csv")
     assert len(numbers) == shown.count("\n| ") - 2
     assert set(numbers["mean"].round(2)) >= {100, 33, 22, 77, 12, 61, 51.5, 70.5, 95.5}
+
+
+def test_the_papers_claims_are_answered_from_the_numbers(by_hand):
+    """One has to fail for each rule: two standard errors, one seed, divergence, a chain that breaks in one place."""
+    rows = pd.read_csv(by_hand[0] / "claims.csv").set_index(["claim", "data"])
+    total, lam, q = "better than TD3+BC and IQL in total", "lam 0.25 beats 0 and 1", "Q {} with {}"
+    assert not [claim for claim, data in rows.index if claim == total]  # no TD3+BC here
+    assert rows.loc[(q.format("grows", "lam"), "hopper-medium-v2, 1,000,000 steps, nu 0.1"), "holds"] == "not clear"
+    found = rows.loc[("fine-tuning improves it", "antmaze-umaze-v2, 1,000,000 steps, 1,000,000 online")]
+    assert found.tolist() == ["90.5 ± 0.5 to 95.5 ± 0.5", "2", "yes"]
+
+    none = {"lam": np.nan, "nu": np.nan}
+    runs = [a_run(s, {MILLION: x}, lam=0.0) for s, x in enumerate((50.0, 54.0))]  # 52, standard error 2
+    runs += [a_run(s, {MILLION: x}) for s, x in enumerate((60.0, 64.0))]
+    runs += [a_run(0, {MILLION: 61.0}, lam=1.0), *(a_run(s, {MILLION: None}, lam=1.0) for s in (1, 2))]
+    runs += [a_run(s, {MILLION: x}, script="iql", **none) for s, x in enumerate((57.5, 57.5))]
+    runs += [a_run(s, {MILLION: x}, script="td3bc", **none) for s, x in enumerate((57.0, 59.0))]
+    means = (("lam", 0.0, 3.0), ("lam", 0.25, 2.0), ("lam", 1.0, 4.0), ("nu", 0.01, 3.0), ("nu", 1.0, 1.0))
+    for name, value, q_values in means:
+        score = {MILLION: 9.98 if value in (0, 1) else 10.0}  # equal as shown
+        runs.append(a_run(0, score, env_id="walker2d-medium-v2", run=f"{name}{value}", **{name: value}))
+        runs[-1][-1]["q_values"] = q_values
+    data = pd.DataFrame([row for run in runs for row in run]).reindex(columns=COLUMNS)
+    data = data.fillna(dict.fromkeys(evaluations.WORDS, ""))
+    runs = evaluations.summarise_runs(data)
+    cells = evaluations.summarise_cells(runs)
+    rows = pd.DataFrame(claims.claims(runs, cells, evaluations.choose(cells))).set_index(["claim", "data"])
+    hopper, walker = (f"{name}-medium-v2, 1,000,000 steps, " for name in ("hopper", "walker2d"))
+    against = "DMG 62.0 ± 2.0, TD3BC 58.0 ± 1.0, IQL 57.5 ± 0.0"
+    numbers = {
+        # 62 - 58 is less than two standard errors, sqrt(4 + 1) each
+        (total, "D4RL v2 locomotion, 1,000,000 steps, 1 set"): [against, "2", "not clear"],
+        (lam, hopper + "nu 0.1"): ["lam 0: 52.0 ± 2.0, lam 0.25: 62.0 ± 2.0, lam 1: diverged", "2 to 3", "yes"],
+        (lam, walker + "nu 0.1"): ["lam 0: 10.0, lam 0.25: 10.0, lam 1: 10.0", "1", "not clear, one seed"],
+        (q.format("grows", "lam"), walker + "nu 0.1"): ["lam 0: 3.0, lam 0.25: 2.0, lam 1: 4.0", "1", "no, one seed"],
+        (q.format("falls", "nu"), walker + "lam 0.25"): ["nu 0.01: 3.0, nu 0.1: 2.0, nu 1: 1.0", "1", "yes, one seed"],
+    }  # fmt: skip
+    assert {key: rows.loc[key].tolist() for key in numbers} == numbers
+    assert claims.answer([(claims.Measured(1.0, math.nan, 1), claims.Measured(1.2, 5.0, 3))]) == "yes, one seed"
+    assert claims.answer([(claims.Measured(1.0, 0.1, 2), claims.Measured(1.2, 0.0, 3))]) == "not clear"
 
 
 def test_rliable_recomputed(by_hand):
