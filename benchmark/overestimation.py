@@ -73,7 +73,12 @@ def measure(run: str, episodes: int) -> dict[str, object]:
     row = {"run": Path(run).resolve().name, "script": script, "data": args.dataset_path or args.env_id}
     row |= {name: f"{getattr(args, name):g}" if hasattr(args, name) else "" for name in ("lam", "nu")}
     q, g = (np.mean(x) if x else math.nan for x in (promised, earned))
-    row |= {"score": f"{np.mean(scores):.1f}", "Q": f"{q:.1f}", "discounted return": f"{g:.1f}"}
+    row |= {
+        "steps": f"{checkpoint['step']:,}",
+        "score": f"{np.mean(scores):.1f}",
+        "Q": f"{q:.1f}",
+        "discounted return": f"{g:.1f}",
+    }
     return row | {"Q - return": f"{q - g:+.1f}", "states": f"{len(earned):,}"}
 
 

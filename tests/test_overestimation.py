@@ -61,7 +61,7 @@ def test_q_and_the_return_that_follows_it(trained, script, hopper_file):
     folder = trained(script, *flags)
     found, returns = by_hand(script, folder, gym.make("Hopper-v4"), 3)
     row = overestimation.measure(str(folder), 3)
-    assert row["Q"] == "5.0" and row["states"] == str(len(found)) and row["run"] == folder.name
+    assert row["Q"] == "5.0" and row["steps"] == "20" and row["states"] == str(len(found)) and row["run"] == folder.name
     assert float(row["discounted return"]) == pytest.approx(np.mean(found), abs=0.06)
     assert float(row["Q - return"]) == pytest.approx(5 - np.mean(found), abs=0.06)
     low, high = dmg_offline.REFERENCES["hopper"]
@@ -138,4 +138,4 @@ def test_the_table_has_a_line_for_each_run(trained, hopper_file, monkeypatch, ca
     assert overestimation.main() == 0
     head, rule, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0] == lines[1]
-    assert {line.count("|") for line in (head, rule, *lines)} == {11}
+    assert {line.count("|") for line in (head, rule, *lines)} == {12}
