@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -42,7 +44,9 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 def read_run(folder: Path, machine: str) -> list[dict]:
     """Rows of COLUMNS: one when the run began (step 0), one for each evaluation, one where it diverged."""
-    args = json.loads((folder / "args.json").read_text())
+    args, checkpoint = json.loads((folder / "args.json").read_text()), folder / "checkpoint.pt"
+    if checkpoint.exists():  # flags given beside --resume are in it alone
+        args |= torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["args"]
     _, script, _, _ = folder.name.rsplit("__", 3)
     csv = folder / "eval.csv"
     evaluations = pd.read_csv(csv, float_precision="round_trip") if csv.exists() else pd.DataFrame({"step": []})
@@ -79,7 +83,7 @@ def collect(folders: tuple[Path, ...], path: Path, machine: str) -> pd.DataFrame
         for found in sorted(folder.rglob("args.json")):
             try:
                 rows += read_run(found.parent, machine)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
                 refuse(True, f"{found.parent} is no run folder of these scripts: {error!r}. Move it away.")
     refuse(
         not rows and not path.exists(),

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 STEPS=${STEPS:-300000} # gradient steps of each run, and online steps of those that go on online
 # steps of the TD3 of HalfCheetah, Hopper, Walker2d: meant to be half-way, as D4RL's; its replay is the medium-replay set
-read -ra TD3_STEPS <<<"${TD3_STEPS:-100000 200000 300000}"
+read -ra TD3_STEPS <<<"${TD3_STEPS:-100000 400000 300000}"
 MEDIUM_STEPS=${MEDIUM_STEPS:-300000} # transitions of each medium set, which that TD3's last agent makes
 SEEDS=${SEEDS:-0 1 2}
 MORE=${MORE:-compile} # flags of every run, as sweep.py's --values takes them
@@ -13,7 +13,7 @@ FOLDER=${FOLDER:-benchmark-runs-own-sets}
 # shellcheck disable=SC2086 # lists of words
 sweep() { python benchmark/sweep.py $RESOURCES --folder "$FOLDER" "$@" $MORE; }
 
-make_sets() { # make_sets Hopper 200000
+make_sets() { # make_sets Hopper 400000
     local set="own/${1,,}"
     sweep --scripts dmg_finetune.py --env-ids "$1-v5" --seeds 0 \
         --values from-scratch "online-steps=$2" "save-dataset=$set/medium-replay-v0"

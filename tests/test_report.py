@@ -19,6 +19,7 @@ import evaluations  # noqa: E402
 import report  # noqa: E402
 from evaluations import COLUMNS, D4RL, PAPER  # noqa: E402
 
+import dmg_finetune  # noqa: E402
 import dmg_offline  # noqa: E402
 
 MILLION = 1_000_000
@@ -243,16 +244,43 @@ def test_run_folders_become_rows_once_and_are_not_needed_again(tmp_path, monkeyp
     assert Path("report/report.md").read_text() == first
 
 
+def test_a_run_that_was_resumed_with_more_steps_is_a_longer_run(tmp_path, monkeypatch):
+    """Of online ones args.json, which knows the first start alone, cannot tell which steps they are."""
+    monkeypatch.chdir(tmp_path)
+    file = write_hdf5("good.hdf5", d4rl_arrays())
+    fast = ["--eval-frequency", "10", "--eval-episodes", "1", "--batch-size", "8", "--no-cuda"]
+    offline, online = ["--env-id", "Hopper-v4", "--dataset-path", file], ["--env-id", "Hopper-v5", "--from-scratch"]
+    for script, flag, flags in (
+        (dmg_offline, "--gradient-steps", offline),
+        (dmg_finetune, "--online-steps", [*online, "--learning-starts", "5"]),
+    ):
+        monkeypatch.setattr(sys, "argv", [script.__name__, flag, "10", *flags, *fast])
+        assert script.main() == 0
+        (folder,) = Path("runs").glob(f"*__{script.__name__}__*")
+        monkeypatch.setattr(sys, "argv", [script.__name__, "--resume", str(folder), flag, "20"])
+        assert script.main() == 0
+        rows = evaluations.read_run(folder, "")
+        expected = (20, 0) if script is dmg_offline else (0, 20)
+        assert {(row["gradient_steps"], row["online_steps"]) for row in rows} == {expected} and rows[-1]["step"] == 20
+    (folder,) = Path("runs").glob("*__dmg_offline__*")
+    (folder / "checkpoint.pt").unlink()  # to save space
+    assert {row["gradient_steps"] for row in evaluations.read_run(folder, "")} == {20}
+
+
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("broken/a__b__0__1").mkdir(parents=True)
     Path("broken/a__b__0__1/args.json").write_text("{")
+    Path("bad/Hopper-v4__dmg_offline__0__1").mkdir(parents=True)
+    Path("bad/Hopper-v4__dmg_offline__0__1/args.json").write_text("{}")
+    Path("bad/Hopper-v4__dmg_offline__0__1/checkpoint.pt").write_bytes(b"1")
     Path("old").mkdir()
     Path("old/evaluations.csv").write_text("step,return_mean\n1,2\n")
     for argv, words in (
         ([], "no runs"),
         (["nowhere"], "nowhere"),
         (["broken"], "broken/a__b__0__1"),
+        (["bad"], "bad/Hopper-v4__dmg_offline__0__1"),
         (["--folder", "old"], "normalized_score"),
     ):
         code, err = cli(*argv)
