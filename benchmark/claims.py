@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from evaluations import CELL, of_cell
 
@@ -13,7 +14,7 @@ class Measured(NamedTuple):
     """A mean over the finished seeds of one setting, or a sum of such means."""
 
     mean: float  # minus infinity where more seeds diverged than finished
-    error: float  # standard error, NaN of one seed
+    error: float  # standard error over seeds; of one seed over its evaluation's episodes, 0 for Q
     seeds: int
 
     def __str__(self) -> str:
@@ -28,7 +29,9 @@ def measured(runs: pd.DataFrame, cell: pd.Series, column: str) -> Measured | Non
     done = own[own.state == "finished"][column].dropna()
     if (own.state == "diverged").sum() > len(done):
         return Measured(-math.inf if column == "normalized_score" else math.inf, 0.0, len(own))
-    return Measured(done.mean(), done.sem(), len(done)) if len(done) else None
+    if len(done) == 1 and f"{column}_error" in own:
+        return Measured(done.iloc[0], np.nan_to_num(own.loc[done.index[0], f"{column}_error"]), 1)
+    return Measured(done.mean(), np.nan_to_num(done.sem()), len(done)) if len(done) else None
 
 
 def total(parts: list[Measured]) -> Measured:
@@ -39,14 +42,12 @@ def total(parts: list[Measured]) -> Measured:
 def answer(links: list[tuple[Measured, Measured]]) -> str:
     """Whether the second of every pair is above the first, by more than two standard errors of the difference.
 
-    With one seed there is no error: the sign of the difference to 0.1, and it is said. One pair the other way is a no.
+    To 0.1, as it is shown. One pair the other way is a no.
     """
     found = set()
     for low, high in links:
-        one = min(low.seeds, high.seeds) == 1
         difference = round(high.mean - low.mean, 1)
-        margin = 0.0 if one else 2 * math.hypot(low.error, high.error)
-        clear = abs(difference) > margin
+        clear = abs(difference) > 2 * math.hypot(low.error, high.error)
         found.add("not clear" if not clear else "yes" if difference > 0 else "no")
     word = "no" if "no" in found else "not clear" if "not clear" in found else "yes"
     return word + (", one seed" if any(min(a.seeds, b.seeds) == 1 for a, b in links) else "")

@@ -105,12 +105,17 @@ def summarise_runs(data: pd.DataFrame) -> pd.DataFrame:
     for key, run in data.groupby(RUN, dropna=False):
         row = dict(zip(RUN, key, strict=True))
         scored = run.dropna(subset="normalized_score")
+        # standard error of a score over its episodes: all that is known of the spread of one seed
+        spread = [np.ptp(scored[name]) if len(scored) else 0.0 for name in ("normalized_score", "return_mean")]
+        scale = spread[0] / spread[1] if spread[1] else 0.0
+        scored = scored.assign(error=scale * scored.return_std / np.sqrt(scored.episodes))
         last = scored.iloc[-1] if len(scored) else run.iloc[0]
-        handed_over = scored.normalized_score[scored.step == row["gradient_steps"]]
+        handed_over = scored[scored.step == row["gradient_steps"]]
         diverged = run.step[run.diverged == 1].max() > last.step
         finished = len(scored) > 0 and last.step >= row["gradient_steps"] + row["online_steps"]
         row |= {name: last[name] for name in ("machine", "step", "normalized_score", "wall_seconds", "q_values")}
-        row |= {"raw": last.normalized_score == last.return_mean != 0, "handed_over": handed_over.max()}
+        row |= {"raw": last.normalized_score == last.return_mean != 0, "normalized_score_error": last.get("error")}
+        row |= {"handed_over": handed_over.normalized_score.max(), "handed_over_error": handed_over.error.max()}
         runs.append(row | {"state": "diverged" if diverged else "finished" if finished else "unfinished"})
     runs = pd.DataFrame(runs)
     # a seed that was run twice counts once: the run that came furthest

@@ -330,7 +330,8 @@ def report(data: pd.DataFrame, args: Args) -> str:
             for caption, part in each(cells[cells.algorithm.isin(names)]):
                 yield caption + family, part
 
-    what = "± is the standard error over seeds. Yes, no: by more than two of the difference; of one seed by its sign."
+    what = "± is the standard error over seeds. Yes, no: by more than two of the difference; of one seed that of its "
+    what += "evaluation's episodes counts, and of its Q the sign."
     rows = claims(runs, cells, chosen)
     section("What the paper says of DMG", what, [table("claims", rows)] if rows else [])
 

@@ -160,8 +160,28 @@ def test_the_papers_claims_are_answered_from_the_numbers(by_hand):
         (q.format("falls", "nu"), walker + "lam 0.25"): ["nu 0.01: 3.0, nu 0.1: 2.0, nu 1: 1.0", "1", "yes, one seed"],
     }  # fmt: skip
     assert {key: rows.loc[key].tolist() for key in numbers} == numbers
-    assert claims.answer([(claims.Measured(1.0, math.nan, 1), claims.Measured(1.2, 5.0, 3))]) == "yes, one seed"
+    assert claims.answer([(claims.Measured(1.0, 0.0, 1), claims.Measured(1.2, 0.05, 3))]) == "yes, one seed"
     assert claims.answer([(claims.Measured(1.0, 0.1, 2), claims.Measured(1.2, 0.0, 3))]) == "not clear"
+
+
+def test_of_one_seed_the_spread_of_its_episodes_counts():
+    """3 of 100 mazes after 1 of 100 is nothing; 12 of 100 is."""
+    found = {}
+    for seed, rate in ((0, 0.03), (1, 0.12)):
+        rows = a_run(
+            seed, {MILLION: 1.0, 2 * MILLION: 100 * rate}, "antmaze-umaze-v2", "dmg_finetune", nu=0.5, online=MILLION
+        )
+        for row, mean in zip(rows[1:], (0.01, rate), strict=True):
+            row |= {"return_mean": mean, "return_std": math.sqrt(mean * (1 - mean)), "episodes": 100}
+        runs = evaluations.summarise_runs(
+            pd.DataFrame(rows).reindex(columns=COLUMNS).fillna(dict.fromkeys(evaluations.WORDS, ""))
+        )
+        errors = runs.loc[0, ["handed_over_error", "normalized_score_error"]]
+        assert errors.tolist() == pytest.approx([10 * math.sqrt(x * (1 - x)) for x in (0.01, rate)])
+        cells = evaluations.summarise_cells(runs)
+        (row,) = claims.claims(runs, cells, evaluations.choose(cells))
+        found[rate] = row["holds"]
+    assert found == {0.03: "not clear, one seed", 0.12: "yes, one seed"}
 
 
 def test_rliable_recomputed(by_hand):
