@@ -13,7 +13,7 @@ from evaluations import CELL, of_cell
 class Measured(NamedTuple):
     """A mean over the finished seeds of one setting, or a sum of such means."""
 
-    mean: float  # minus infinity where more seeds diverged than finished
+    mean: float  # where more seeds diverged than finished: of a score minus infinity, of Q plus infinity
     error: float  # standard error over seeds; of one seed over its evaluation's episodes, 0 for Q
     seeds: int
 

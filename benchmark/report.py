@@ -107,13 +107,15 @@ def wide(chosen: pd.DataFrame, number: int, names: list[str], deviation: str = "
 
 
 def before_and_after(cells: pd.DataFrame) -> pd.DataFrame:
-    """Table 4: a cell for the hand-over, one for the end; TD3, which has no offline part, beside all that have one."""
+    """Table 4: a cell for the hand-over, one for the end; TD3, which has no offline part, beside all as long online."""
     cells = cells[cells.online_steps > 0]
     td3, two = cells[cells.algorithm == "TD3"], cells[cells.algorithm != "TD3"]
     offline = two.assign(algorithm=two.algorithm + " offline", mean=two.handed_over, std=two.handed_over_std)
-    parts = [offline, two.assign(algorithm=two.algorithm + " online")]
-    parts += [td3.assign(gradient_steps=steps) for steps in two.gradient_steps.unique()]
-    return pd.concat(parts if len(two) else [td3])
+    lengths = two[["gradient_steps", "online_steps"]].drop_duplicates()
+    beside = td3.drop(columns="gradient_steps").merge(lengths, on="online_steps")
+    alone = td3[~td3.online_steps.isin(lengths.online_steps)]
+    parts = [offline, two.assign(algorithm=two.algorithm + " online"), beside, alone]
+    return pd.concat([part for part in parts if len(part)] or [td3])
 
 
 def overview(cells: pd.DataFrame) -> pd.DataFrame:

@@ -116,6 +116,19 @@ def test_tables_3_4_and_6(by_hand):
     assert row in section(by_hand[1], "Table 6")
 
 
+def test_td3_stands_beside_runs_that_are_as_long_online_and_else_alone():
+    online = {"script": "dmg_finetune", "steps": 0, "lam": 1.0, "nu": 0.0}
+    runs = [a_run(0, {20: 1.0, 30: 2.0}, script="dmg_finetune", steps=20, online=10)]
+    runs += [a_run(0, {steps: 3.0}, online=steps, **online) for steps in (10, 40)]
+    data = pd.DataFrame([row for run in runs for row in run]).reindex(columns=COLUMNS)
+    cells = evaluations.summarise_cells(evaluations.summarise_runs(data.fillna(dict.fromkeys(evaluations.WORDS, ""))))
+    for kept in (cells, cells[cells.algorithm == "TD3"]):
+        found = report.before_and_after(kept)
+        found = set(zip(found.algorithm, found.gradient_steps, found.online_steps, strict=True))
+        td3 = {("TD3", 20 if kept is cells else 0, 10), ("TD3", 0, 40)}
+        assert found == td3 | ({("DMG offline", 20, 10), ("DMG online", 20, 10)} if kept is cells else set())
+
+
 def test_the_overview_has_every_setting_and_what_tells_them_apart(by_hand):
     shown = section(by_hand[1], "Everything")
     assert "| 22.0 (1) | gamma=0.9 |" in shown and "| 12.0 ± 1.0 (5, 1 diverged) | gamma=0.99 |" in shown
