@@ -183,18 +183,24 @@ def jax_learner(spec: dict):
 def race(args: Args, specs: list[dict]) -> list[dict]:
     """Let the contenders take turns; adds steps_per_second (of each seed), its range and the GEMM rate beside them."""
     command, running = [sys.executable, __file__, "--steps", str(args.steps), "--contender"], []
+    starting = []
     for spec in specs:
         spec["steps"] = args.steps
         environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "TF_CPP_MIN_LOG_LEVEL": "3"}
         process = subprocess.Popen(
             [*command, json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        line = process.stdout.readline()
-        if line:
-            running.append((spec, process, []))
-            spec["first_seconds"] = json.loads(line)["first"]
-        else:
-            print(f"{label(spec)} did not start: left out")
+        starting.append((spec, process))
+        if spec["device"] == "cuda" and spec is not specs[-1]:
+            continue  # a lent GPU is dear: all start together; on a CPU they would slow each other's compilation
+        for ready, process in starting:
+            line = process.stdout.readline()
+            if line:
+                running.append((ready, process, []))
+                ready["first_seconds"] = json.loads(line)["first"]
+            else:
+                print(f"{label(ready)} did not start: left out")
+        starting = []
     for turn in range(args.turns + 1):
         for _, process, found in running:
             print(args.steps, file=process.stdin, flush=True)

@@ -311,3 +311,27 @@ def test_a_signal_saves_every_seed(tmp_path, monkeypatch):
 def test_several_seeds_cannot_go_on_from_one_run(script, flag):
     with pytest.raises(script.Stop, match="--num-seeds starts new agents: --resume"):
         script.resolve(script.Args(num_seeds=2, **{flag: "runs/x"}))
+
+
+@SCRIPTS
+def test_a_run_of_a_gpu_goes_on_on_a_cpu(script, tmp_path, monkeypatch):
+    """Its random state is another kind's, 16 bytes: a new stream; of one kind it must fit."""
+    first = {"offline_steps": 20, "online_steps": 20} if script is dmg_finetune else {"gradient_steps": 20}
+    more = {"online_steps": 40} if script is dmg_finetune else {"gradient_steps": 40}
+    data = write_hdf5(tmp_path / "hopper.hdf5", d4rl_arrays())
+    (folder,) = go(script, tmp_path, monkeypatch, "gpu", dataset_path=data, **first).values()
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert saved["device"] == "cpu"
+
+    def resume(device):
+        torch.save(
+            saved | {"device": device, "generator": torch.zeros(16, dtype=torch.uint8)}, folder / "checkpoint.pt"
+        )
+        checkpoint = script.load_checkpoint(str(folder))
+        script.train(script.resolve(dataclasses.replace(checkpoint["args"], resume=str(folder), **more)), checkpoint)
+
+    with pytest.raises(script.Stop, match="does not fit Hopper-v4"):
+        resume("cpu")
+    resume("cuda")
+    after = script.load_checkpoint(str(folder))
+    assert after["step"] == saved["step"] + 20 and after["device"] == "cpu"
