@@ -244,7 +244,8 @@ def run_times(cells: pd.DataFrame, runs: pd.DataFrame, path: Path) -> tuple[str,
     by = pd.DataFrame(rows).groupby("what").hours
     shown = by.agg(["mean", "std", "count"]).sort_values("mean", ascending=False)
     labels = [*(f"{what} ({row['count']:.0f} runs)" for what, row in shown.iterrows())]
-    figure, axis = plt.subplots(figsize=(8, 0.5 * len(shown) + 1.6), layout="constrained")
+    width = 5 + 0.08 * max(map(len, labels))  # room for the bars beside the longest label
+    figure, axis = plt.subplots(figsize=(width, 0.5 * len(shown) + 1.6), layout="constrained")
     axis.barh(labels, shown["mean"], xerr=shown["std"].fillna(0), color="0.6", edgecolor="black", capsize=3)
     axis.barh("DMG, paper: halfcheetah-medium-replay-v2, RTX 3090", 1.7, color="white", edgecolor="black", hatch="//")
     axis.set_xlabel("run time for 1,000,000 gradient steps with evaluation (h)")
