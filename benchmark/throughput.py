@@ -180,10 +180,9 @@ def jax_learner(spec: dict):
 
 
 # ---- the measurement ----
-def race(args: Args, specs: list[dict]) -> list[dict]:
-    """Let the contenders take turns; adds steps_per_second (of each seed), its range and the GEMM rate beside them."""
-    command, running = [sys.executable, __file__, "--steps", str(args.steps), "--contender"], []
-    starting = []
+def start(args: Args, specs: list[dict]) -> list[tuple[dict, subprocess.Popen]]:
+    """A process for each of `specs`, ready to train; adds first_seconds. Those that fail are left out."""
+    command, running, starting = [sys.executable, __file__, "--steps", str(args.steps), "--contender"], [], []
     for spec in specs:
         spec["steps"] = args.steps
         environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -196,11 +195,31 @@ def race(args: Args, specs: list[dict]) -> list[dict]:
         for ready, process in starting:
             line = process.stdout.readline()
             if line:
-                running.append((ready, process, []))
+                running.append((ready, process))
                 ready["first_seconds"] = json.loads(line)["first"]
             else:
                 print(f"{label(ready)} did not start: left out")
         starting = []
+    return running
+
+
+def crowd(args: Args, spec: dict, processes: int) -> dict:
+    """Steps a second of all agents of so many processes that train at the same time; `spec` has agents of each."""
+    running = start(args, [dict(spec) for _ in range(processes)])
+    for _ in range(2):  # the first is warm-up
+        for _, process in running:
+            print(10 * args.steps, file=process.stdin, flush=True)
+        seconds = [json.loads(process.stdout.readline())["seconds"] for _, process in running]
+    for _, process in running:
+        process.stdin.close()
+        process.wait()
+    agents = len(running) * spec["seeds"]
+    return {"processes": len(running), "agents": agents, "steps_per_second": agents * 10 * args.steps / max(seconds)}
+
+
+def race(args: Args, specs: list[dict]) -> list[dict]:
+    """Let the contenders take turns; adds steps_per_second (of each seed), its range and the GEMM rate beside them."""
+    running = [(spec, process, []) for spec, process in start(args, specs)]
     for turn in range(args.turns + 1):
         for _, process, found in running:
             print(args.steps, file=process.stdin, flush=True)
@@ -316,6 +335,14 @@ def main() -> None:
         specs += [base | {"name": "dmg_offline", "compile": True}]
         specs += [base | {"name": n, "seeds": 5} for n in SCRIPTS]
         results["races"].append(race(args, specs))
+        many = base | {"name": "dmg_offline", "seeds": 5}
+        results["crowds"] = [
+            crowd(args, base | {"name": "dmg_offline"}, 1),
+            *(crowd(args, many, n) for n in (1, 4, 12)),
+        ]
+        print("\n| processes at once | agents | steps/s of all |\n|-|-|-|")
+        for x in results["crowds"]:
+            print("| {processes} | {agents} | {steps_per_second:.0f} |".format(**x))
     for specs in results["races"]:
         where = results["gpu"] if specs[0]["device"] == "cuda" else f"{cpu}, {specs[0]['threads']} thread(s)"
         print(f"\n{where}\n| | steps/s | range | share of the GEMM rate | first 10 steps |\n|-|-|-|-|-|")
