@@ -984,7 +984,7 @@ def train_seed(
             agent.load_state_dict(checkpoint["agent"])
             for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
                 torch._foreach_copy_(optimizer.state(), state)
-            if checkpoint.get("device", device.type) == device.type:  # else no bit would be the same anyway
+            if checkpoint.get("device", device.type) == device.type:  # another kind has other random numbers
                 generator.set_state(checkpoint["generator"])
         step = checkpoint["step"]
     if args.resume:
@@ -1052,10 +1052,10 @@ def train_seed(
     def save() -> None:
         state = {"script": EXP_NAME, "args": dataclasses.asdict(args) | {"resume": None}, "step": step}
         state |= {"agent": agent.state_dict(), "optimizers": [x.state() for x in agent.optimizers]}
-        state |= {"generator": generator.get_state(), "device": device.type}
-        state |= {"evaluations": evaluations, "seconds": time.time() - started}
+        state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
         online = [x[replay.first : replay.size].cpu().clone() for x in replay.rows]
         state |= {
+            "device": device.type,
             "metrics": metrics,
             "digest": digest,
             "format": CHECKPOINT_FORMAT,

@@ -788,7 +788,7 @@ def train_seed(
             agent.load_state_dict(checkpoint["agent"])
             for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
                 torch._foreach_copy_(optimizer.state(), state)
-            if checkpoint.get("device", device.type) == device.type:  # else no bit would be the same anyway
+            if checkpoint.get("device", device.type) == device.type:  # another kind has other random numbers
                 generator.set_state(checkpoint["generator"])
         step, evaluations, started = checkpoint["step"], checkpoint["evaluations"], started - checkpoint["seconds"]
 
@@ -842,9 +842,8 @@ def train_seed(
     def save() -> None:
         state = {"script": EXP_NAME, "args": dataclasses.asdict(args) | {"resume": None}, "step": step}
         state |= {"agent": agent.state_dict(), "optimizers": [x.state() for x in agent.optimizers]}
-        state |= {"generator": generator.get_state(), "device": device.type}
-        state |= {"evaluations": evaluations, "seconds": time.time() - started}
-        state |= {"metrics": metrics, "digest": digest, "format": CHECKPOINT_FORMAT}
+        state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
+        state |= {"metrics": metrics, "digest": digest, "format": CHECKPOINT_FORMAT, "device": device.type}
         csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
         writer.flush()  # what the checkpoint makes past must be on the disk before it, or a kill between loses it
         write(folder / "eval.csv", lambda file: file.write(csv.encode()))

@@ -214,7 +214,11 @@ def crowd(args: Args, spec: dict, processes: int) -> dict:
         process.stdin.close()
         process.wait()
     agents = len(running) * spec["seeds"]
-    return {"processes": len(running), "agents": agents, "steps_per_second": agents * 10 * args.steps / max(seconds)}
+    return {
+        "processes": len(running),
+        "agents": agents,
+        "steps_per_second": agents * 10 * args.steps / max(seconds, default=1),
+    }
 
 
 def race(args: Args, specs: list[dict]) -> list[dict]:

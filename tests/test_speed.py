@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import throughput
 import torch
 from conftest import d4rl_arrays, write_hdf5
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -335,3 +336,12 @@ def test_a_run_of_a_gpu_goes_on_on_a_cpu(script, tmp_path, monkeypatch):
     resume("cuda")
     after = script.load_checkpoint(str(folder))
     assert after["step"] == saved["step"] + 20 and after["device"] == "cpu"
+
+
+def test_agents_of_several_processes_are_counted_and_one_that_cannot_start_is_left_out(capsys):
+    spec = {"device": "cpu", "compile": False, "graphs": True, "seeds": 2, "precision": "medium", "threads": 1}
+    found = throughput.crowd(throughput.Args(steps=1), spec | {"name": "td3bc"}, 2)
+    assert (found["processes"], found["agents"]) == (2, 4) and found["steps_per_second"] > 0
+    found = throughput.crowd(throughput.Args(steps=1), spec | {"name": "nothing"}, 1)
+    assert found == {"processes": 0, "agents": 0, "steps_per_second": 0}
+    assert "nothing 2 seeds did not start: left out" in capsys.readouterr().out
