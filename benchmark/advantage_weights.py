@@ -1,8 +1,10 @@
-"""Which of the dataset's actions does an agent imitate? The advantage weights of saved agents over their dataset.
+"""Which of the dataset's actions does an agent imitate, and how far does it go from them? Saved agents over their data.
 
     python benchmark/advantage_weights.py runs/walker2d-medium-v2__dmg_offline__0__1795000000 ...
 
-Prints a table in Markdown, a line for each run. The best tenth: the transitions of the episodes of highest return.
+Prints a table in Markdown, a line for each run; TD3+BC has no weights. Distance: mean squared difference of the action
+without noise from the dataset's, over transitions and dimensions, actions in [-1, 1]. The best tenth: the transitions
+of the episodes of highest return.
 """
 
 import dataclasses
@@ -16,13 +18,21 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-SCRIPTS = ("dmg_offline", "iql")
+SCRIPTS = ("dmg_offline", "iql", "td3bc")
+
+COLUMNS = (
+    "std of the advantage",
+    "mean weight",
+    "at the clip (%)",
+    "effective share of the data (%)",
+    "weight on the best tenth (%)",
+)
 
 
 @dataclasses.dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """run folders of dmg_offline.py or iql.py"""
+    """run folders of dmg_offline.py, iql.py or td3bc.py"""
 
 
 def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -31,11 +41,21 @@ def episode_returns(rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.bincount(episode, rewards)[episode]
 
 
+def distance(agent: torch.nn.Module, data: tuple) -> float:
+    """Mean squared difference between the actor's actions, IQL's mean, and the dataset's."""
+    squares = 0.0
+    with torch.no_grad():
+        for s, a in zip(data.observations.split(10_000), data.actions.split(10_000), strict=True):
+            pi = agent.actor(s)
+            squares += ((pi if isinstance(pi, torch.Tensor) else pi.mean) - a).double().square().sum().item()
+    return squares / data.actions.numel()
+
+
 def measure(run: str) -> dict[str, object]:
     """A row of the table. Raises ValueError; the scripts' own Stop becomes one."""
     script = Path(run).resolve().name.split("__")[-3:][0]
     if script not in SCRIPTS:
-        raise ValueError(f"{run} is no run folder of {' or '.join(SCRIPTS)}.")
+        raise ValueError(f"{run} is no run folder of {', '.join(SCRIPTS)}.")
     module = importlib.import_module(script)
     try:
         checkpoint = module.load_checkpoint(run)
@@ -53,6 +73,11 @@ def measure(run: str) -> dict[str, object]:
     returns = episode_returns(rows.rewards, ends)[keep]
     agent = module.Agent(*env.observation_space.shape, *env.action_space.shape, args)
     agent.load_state_dict(checkpoint["agent"])
+    row = {"run": Path(run).resolve().name, "script": script, "data": args.dataset_path or args.env_id}
+    row |= {"steps": f"{checkpoint['step']:,}", "distance": f"{distance(agent, data):.4f}"}
+    row |= dict.fromkeys(COLUMNS, "")
+    if not hasattr(agent, "value"):
+        return row
     with torch.no_grad():
         pairs = zip(data.observations.split(10_000), data.actions.split(10_000), strict=True)
         advantage = torch.cat([agent.critic_target(s, a).amin(0) - agent.value(s) for s, a in pairs]).double()
@@ -61,15 +86,14 @@ def measure(run: str) -> dict[str, object]:
     else:
         weight = (args.inverse_temperature * advantage).clamp(max=math.log(args.max_weight)).exp().numpy()
     best = np.argsort(-returns, kind="stable")[: math.ceil(len(returns) / 10)]
-    row = {"run": Path(run).resolve().name, "script": script, "data": args.dataset_path or args.env_id}
-    return row | {
-        "steps": f"{checkpoint['step']:,}",
-        "std of the advantage": f"{advantage.std():.2f}",
-        "mean weight": f"{weight.mean():.2f}",
-        "at the clip (%)": f"{100 * (weight > args.max_weight * (1 - 1e-9)).mean():.1f}",
-        "effective share of the data (%)": f"{100 * weight.sum() ** 2 / (weight**2).sum() / len(weight):.1f}",
-        "weight on the best tenth (%)": f"{100 * weight[best].sum() / weight.sum():.1f}",
-    }
+    columns = (
+        f"{advantage.std():.2f}",
+        f"{weight.mean():.2f}",
+        f"{100 * (weight > args.max_weight * (1 - 1e-9)).mean():.1f}",
+        f"{100 * weight.sum() ** 2 / (weight**2).sum() / len(weight):.1f}",
+        f"{100 * weight[best].sum() / weight.sum():.1f}",
+    )
+    return row | dict(zip(COLUMNS, columns, strict=True))
 
 
 def main() -> int:

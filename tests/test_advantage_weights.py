@@ -4,6 +4,7 @@ import math
 import sys
 
 import advantage_weights
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -58,6 +59,29 @@ def by_hand(script, folder, arrays, timeouts_alone=False):
     return np.array(returns), np.array(advantages), checkpoint["args"]
 
 
+def distance_by_hand(script, folder, data, env):
+    """Of the action that the script's own evaluation takes, row by row of d4rl.qlearning_dataset."""
+    agent = script.Agent(*env.observation_space.shape, *env.action_space.shape, script.load_checkpoint(folder)["args"])
+    agent.load_state_dict(script.load_checkpoint(folder)["agent"])
+    squares = []
+    for i in np.flatnonzero(~data["timeouts"][:-1]):
+        s = (torch.from_numpy(data["observations"][i]) - agent.mean) / agent.std
+        with torch.no_grad():
+            action = agent.actor.mean(s[None])[0] if script is iql else agent.actor(s[None])[0]
+        squares.append(np.mean((action.numpy() - data["actions"][i]) ** 2))
+    return np.mean(squares)
+
+
+@pytest.mark.parametrize("script", [dmg_offline, iql, td3bc])
+def test_distance_by_hand(trained, tmp_path, script):
+    arrays = d4rl_arrays()
+    folder = trained(script, *HOPPER, write_hdf5(tmp_path / "data.hdf5", arrays))
+    row = advantage_weights.measure(str(folder))
+    expected = distance_by_hand(script, str(folder), arrays, gym.make("Hopper-v4"))
+    assert float(row["distance"]) == pytest.approx(expected, abs=6e-5) and expected > 0.01
+    assert (row["mean weight"] == "") == (script is td3bc)
+
+
 @pytest.mark.parametrize("script, flags", [(dmg_offline, []), (iql, []), (iql, ["--in-sample", "sql"])])
 def test_each_column_by_hand(trained, tmp_path, script, flags):
     arrays = d4rl_arrays()
@@ -67,7 +91,7 @@ def test_each_column_by_hand(trained, tmp_path, script, flags):
     if flags:
         weights = [min(max(a, 0.0), 1.1) for a in advantages]
     best = sorted(range(len(returns)), key=lambda i: -returns[i])[: math.ceil(len(returns) / 10)]
-    found = {name: x for name, x in advantage_weights.measure(str(folder)).items() if name[0] not in "rd" and x != ""}
+    found = {name: x for name, x in advantage_weights.measure(str(folder)).items() if name[0] not in "rd"}
     expected = {
         "script": script.__name__,
         "steps": "4",
@@ -107,15 +131,15 @@ def test_the_table_has_a_line_for_each_run(trained, hopper_file, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["advantage_weights.py", folder, folder])
     assert advantage_weights.main() == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == 4 and lines[2] == lines[3] and {line.count("|") for line in lines} == {10}
+    assert len(lines) == 4 and lines[2] == lines[3] and {line.count("|") for line in lines} == {11}
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(trained, hopper_file, monkeypatch, capsys):
-    damaged, other = trained(iql, *HOPPER, hopper_file), trained(td3bc, *HOPPER, hopper_file)
+    damaged = trained(iql, *HOPPER, hopper_file)
     (damaged / "checkpoint.pt").write_bytes(b"1")
     for argv, words in (
         ([], "Give run folders"),
-        ([str(other)], "is no run folder of dmg_offline or iql"),
+        (["Hopper-v4__dmg_finetune__0__1"], "is no run folder of dmg_offline, iql, td3bc"),
         ([str(damaged)], "cannot load"),
     ):
         capsys.readouterr()
