@@ -71,6 +71,7 @@ def measure(run: str, episodes: int) -> dict[str, object]:
         earned += returns.tolist()
         scores.append(dmg.normalized_score(args, source, np.array([sum(rewards)])).item())
     row = {"run": Path(run).resolve().name, "script": script, "data": args.dataset_path or args.env_id}
+    row |= {"in-sample maximum": getattr(args, "in_sample", "")}
     row |= {name: f"{getattr(args, name):g}" if hasattr(args, name) else "" for name in ("lam", "nu")}
     q, g = (np.mean(x) if x else math.nan for x in (promised, earned))
     row |= {
