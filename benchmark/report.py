@@ -167,15 +167,16 @@ def score_unit(part: pd.DataFrame) -> str:
     return "return (raw reward)" if part.raw.all() else "normalised score (%)"
 
 
-def curves(data: pd.DataFrame, part: pd.DataFrame, path: Path) -> str:
-    """Figs. 4-6: mean over seeds, shaded sample standard deviation, a dotted line at the hand-over."""
+def curves(data: pd.DataFrame, runs: pd.DataFrame, part: pd.DataFrame, path: Path) -> str:
+    """Figs. 4-6: mean over seeds, shaded sample deviation, dotted the hand-over; a cross where a seed diverged."""
     sets = part["set"].cat.remove_unused_categories().cat.categories
     figure, axes = panels(len(sets))
     for axis, shown in zip(axes, sets, strict=True):
         cells = part[part["set"] == shown]
         for _, cell in cells.iterrows():
-            rows = of_cell(data, cell).dropna(subset="normalized_score").drop_duplicates(["seed", "step"], keep="last")
-            by_step = rows.groupby("step").normalized_score
+            counted, rows = of_cell(runs, cell), of_cell(data, cell)
+            rows = rows[rows.run.isin(counted.run)]  # of a seed that was run twice the run that the tables count
+            by_step = rows.dropna(subset="normalized_score").groupby("step").normalized_score
             mean, std = by_step.mean(), by_step.std().fillna(0)
             color, line, marker = STYLES[cell.algorithm]
             axis.plot(
@@ -183,6 +184,10 @@ def curves(data: pd.DataFrame, part: pd.DataFrame, path: Path) -> str:
                 markevery=max(1, len(mean) // 8), label=cell.algorithm,
             )  # fmt: skip
             axis.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+            for _, run in counted[counted.state == "diverged"].iterrows():
+                step = rows.step[(rows.run == run.run) & (rows.diverged == 1)].max()
+                score = 0 if np.isnan(run.normalized_score) else run.normalized_score
+                axis.plot(step, score, "x", color=color, markersize=9, markeredgewidth=2)
             if cell.online_steps and cell.gradient_steps:
                 axis.axvline(cell.gradient_steps, color="grey", linestyle=":", linewidth=1)
         steps = "gradient steps" if not cells.online_steps.any() else "gradient steps, then environment steps"
@@ -349,9 +354,10 @@ def report(data: pd.DataFrame, args: Args) -> str:
 
     pictures = []
     for caption, part in families(chosen):
-        picture = curves(data, part, args.folder / f"{slug(f'curves {caption}')}.png")
+        picture = curves(data, runs, part, args.folder / f"{slug(f'curves {caption}')}.png")
         pictures.append(f"Data: {caption}.\n\n![learning curves]({picture})\n")
-    section("Learning curves (Figs. 4-6)", "Mean over seeds, shaded: sample standard deviation.", pictures)
+    what = "Mean over seeds, shaded: sample standard deviation; a cross: there a seed diverged, after that last score."
+    section("Learning curves (Figs. 4-6)", what, pictures)
 
     for name, figure in (("lam", 1), ("nu", 2)):
         pictures = []

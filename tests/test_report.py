@@ -58,6 +58,7 @@ def by_hand(tmp_path_factory):
     """Folder of a report on a small evaluations.csv, and its text."""
     runs = [a_run(seed, {500_000: 1.0, MILLION: score}) for seed, score in enumerate((90.0, 100.0, 110.0))]
     runs += [a_run(0, {MILLION: 55.5}, run="hopper-medium-v2__dmg_offline__0__0")]  # seed 0 again, an earlier run
+    runs += [a_run(1, {500_000: 99.0}, run="hopper-medium-v2__dmg_offline__1__9")]  # seed 1 again, stopped halfway
     runs += [a_run(3, {500_000: 80.0}), a_run(4, {500_000: 80.0, 500_001: None})]
     runs += [a_run(0, {500_000: 33.0}, steps=500_000), a_run(0, {MILLION: 22.0}, flags="gamma=0.9")]
     runs += [a_run(seed, {MILLION: 77.0}, dataset="mine.hdf5") for seed in (0, 1)]
@@ -242,11 +243,11 @@ def test_every_picture_of_the_report_is_there_and_shows_something(by_hand):
 
 
 def test_axes_have_units_and_crosses_mark_divergence(by_hand, monkeypatch, tmp_path):
-    figures = []
-    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure) or path.name)
+    figures = {}
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.update({path.name: figure}) or path.name)
     data = evaluations.collect((), by_hand[0] / "evaluations.csv", "")
     report.report(data, report.Args(folder=tmp_path, bootstrap_samples=5))
-    axes = [axis for figure in figures for axis in figure.axes if axis.get_visible()]
+    axes = [axis for figure in figures.values() for axis in figure.axes if axis.get_visible()]
     for axis in axes:
         labels = [axis.get_xlabel()] + [axis.get_ylabel()] * (axis.get_ylabel() != "")
         upper = axis.get_subplotspec().is_first_row() and not axis.get_subplotspec().is_last_row()
@@ -258,6 +259,11 @@ def test_axes_have_units_and_crosses_mark_divergence(by_hand, monkeypatch, tmp_p
         assert {(line.get_xdata()[0]) for line in crosses} == {0.25, 1.0}
         assert {text.get_text() for text in axis.texts} == {"1/5", "1/6"}
     assert [lam[0].lines[0].get_xydata()[:, 1].tolist(), lam[1].lines[0].get_ydata().tolist()] == [[100, 12], [5, 5]]
+
+    (axis,) = figures["curves-d4rl-v2-locomotion-1000000-steps.png"].axes
+    dmg = [line.get_xydata().tolist() for line in axis.lines if line.get_color() == report.STYLES["DMG"][0]]
+    # at half time 1, 1, 1, 80, 80: of seed 1 the run that came further; one of the 80 diverged
+    assert dmg == [[[500_000, 32.6], [MILLION, 100.0]], [[500_001, 80.0]]]
 
 
 def test_run_folders_become_rows_once_and_are_not_needed_again(tmp_path, monkeypatch, cli):
