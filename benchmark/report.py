@@ -248,7 +248,7 @@ def run_times(cells: pd.DataFrame, runs: pd.DataFrame, path: Path) -> tuple[str,
         return None
     by = pd.DataFrame(rows).groupby("what").hours
     shown = by.agg(["mean", "std", "count"]).sort_values("mean", ascending=False)
-    labels = [*(f"{what} ({row['count']:.0f} runs)" for what, row in shown.iterrows())]
+    labels = [f"{what} ({n} run{'s' * (n > 1)})" for what, n in shown["count"].items()]
     width = 5 + 0.08 * max(map(len, labels))  # room for the bars beside the longest label
     figure, axis = plt.subplots(figsize=(width, 0.5 * len(shown) + 1.6), layout="constrained")
     axis.barh(labels, shown["mean"], xerr=shown["std"].fillna(0), color="0.6", edgecolor="black", capsize=3)
