@@ -356,7 +356,7 @@ def report(data: pd.DataFrame, args: Args) -> str:
     for caption, part in families(chosen):
         picture = curves(data, runs, part, args.folder / f"{slug(f'curves {caption}')}.png")
         pictures.append(f"Data: {caption}.\n\n![learning curves]({picture})\n")
-    what = "Mean over seeds, shaded: sample standard deviation; a cross: a seed diverged, at the height of its last score."
+    what = "Mean over seeds, shaded: sample standard deviation; a cross, as high as its last score: a seed diverged."
     section("Learning curves (Figs. 4-6)", what, pictures)
 
     for name, figure in (("lam", 1), ("nu", 2)):
