@@ -195,6 +195,8 @@ def curves(data: pd.DataFrame, runs: pd.DataFrame, part: pd.DataFrame, path: Pat
         axis.title.set_fontsize(9)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, max(high, low + 1))  # all scores alike: a point, not the last digits
     shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown), frameon=False)
     return save(figure, path)

@@ -231,6 +231,21 @@ def test_the_run_time_bars_have_room_beside_a_long_name(by_hand, cli, tmp_path, 
     assert inches > 3 and left >= 0 and right >= 0
 
 
+def test_a_curve_that_never_leaves_zero_is_not_magnified(cli, tmp_path, monkeypatch):
+    save, seen = report.save, []
+
+    def spy(figure, path):
+        seen.extend(axis.get_ylim() for axis in figure.axes if path.name.startswith("curves-"))
+        return save(figure, path)
+
+    monkeypatch.setattr(report, "save", spy)
+    rows = a_run(0, {500_000: 0.0, MILLION: 0.0}, env_id="antmaze-umaze-v2", nu=0.5)
+    pd.DataFrame(rows).reindex(columns=COLUMNS).to_csv(tmp_path / "evaluations.csv", index=False)
+    assert cli("--folder", tmp_path)[0] == 0
+    ((low, high),) = seen
+    assert low < 0 < high and high - low >= 1
+
+
 def test_every_picture_of_the_report_is_there_and_shows_something(by_hand):
     folder, text = by_hand
     named = re.findall(r"!\[.*?\]\((.*?)\)", text)
