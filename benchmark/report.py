@@ -196,7 +196,7 @@ def curves(data: pd.DataFrame, runs: pd.DataFrame, part: pd.DataFrame, path: Pat
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
         low, high = axis.get_ylim()
-        axis.set_ylim(low, max(high, low + 1))  # all scores alike: a point, not the last digits
+        axis.set_ylim(low, max(high, low + 1))  # where scores hardly differ, one point high at least
     shown = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown), frameon=False)
     return save(figure, path)
