@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from conftest import d4rl_arrays, write_hdf5
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytest.importorskip("rliable")
-plt = pytest.importorskip("matplotlib.pyplot")
+pytest.importorskip("rliable", reason="needs benchmark/requirements.txt")
+pd = pytest.importorskip("pandas", reason="needs benchmark/requirements.txt")
+plt = pytest.importorskip("matplotlib.pyplot", reason="needs benchmark/requirements.txt")
 
 import claims  # noqa: E402
 import evaluations  # noqa: E402
