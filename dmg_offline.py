@@ -144,11 +144,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*nets, 1, n_out).uniform_(-bound, bound))
 
     def forward(self, x):
-        if self.weight.shape[-1] == 1:  # slow as a matrix product
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        if torch.compiler.is_compiling():  # the bias joins the next loop
-            return x @ self.weight + self.bias
-        return (torch.baddbmm if x.ndim == 3 else torch.addmm)(self.bias, x, self.weight)
+        product = torch.baddbmm if x.ndim == 3 else torch.addmm  # faster than x @ weight + bias
+        return product(self.bias, x, self.weight)
 
 
 def mlp(n_in, n_out, *nets):
@@ -159,7 +156,7 @@ def mlp(n_in, n_out, *nets):
 class TwinCritic(nn.Module):
     """Q1 and Q2: (B, state_dim), (B, action_dim) -> (2, B).
 
-    One batched network halves the matrix products. A LayerNorm in it must have parameters of shape (2, 1, 256):
+    One batched network halves the matrix products. A LayerNorm in it needs parameters of shape (2, 1, 256):
     with nn.LayerNorm(256) Q1 and Q2 would share them.
     """
 
@@ -192,11 +189,9 @@ class Agent(nn.Module):
 
     def __init__(self, state_dim, action_dim, args):
         super().__init__()
-        self.actor = nn.Sequential(
-            *mlp(state_dim, action_dim), nn.Tanh()
-        )  # (B, state_dim) -> (B, action_dim)
+        self.actor = nn.Sequential(*mlp(state_dim, action_dim), nn.Tanh())  # (B, state) -> (B, action)
         self.critic = TwinCritic(state_dim, action_dim)
-        self.value = nn.Sequential(*mlp(state_dim, 1), nn.Flatten(0))  # (B, state_dim) -> (B,)
+        self.value = nn.Sequential(*mlp(state_dim, 1), nn.Flatten(0))  # (B, state) -> (B,)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(state_dim))
@@ -205,11 +200,16 @@ class Agent(nn.Module):
         self.critic_optimizer = Adam(self.critic, args.learning_rate)
         self.value_optimizer = Adam(self.value, args.learning_rate)
 
+    def normalise(self, observations):
+        """Observations of the environment as the networks see them, both (n, state_dim)."""
+        return (
+            torch.as_tensor(observations, dtype=torch.float32, device=self.mean.device) - self.mean
+        ) / self.std
+
     @torch.no_grad()
     def act(self, observations):
         """Actions in [-1, 1], (n, action_dim), for observations of the environment, (n, state_dim)."""
-        s = torch.as_tensor(observations, dtype=torch.float32, device=self.mean.device)
-        return self.actor((s - self.mean) / self.std).cpu().numpy()
+        return self.actor(self.normalise(observations)).cpu().numpy()
 
 
 def update(agent, batch, noise, args, update_actor):
@@ -234,12 +234,8 @@ def update(agent, batch, noise, args, update_actor):
     critic_loss = (q - y).square().mean(1).sum()
     agent.critic_optimizer.minimise(critic_loss)
 
-    metrics = {
-        "value_loss": value_loss,
-        "critic_loss": critic_loss,
-        "q_values": q.mean(),
-        "v_values": v.mean(),
-    }
+    metrics = {"value_loss": value_loss, "critic_loss": critic_loss}
+    metrics |= {"q_values": q.mean(), "v_values": v.mean()}
     if update_actor:
         # actor (Eq. 14): maximise Q near dataset actions, nearer to those of high advantage
         pi = agent.actor(s)
@@ -274,6 +270,11 @@ UNIT_INTERVAL = "lam", "lam_end", "expectile", "gamma", "gamma_online", "target_
 COUNTS = "gradient_steps", "batch_size", "policy_frequency", "eval_frequency", "eval_episodes"
 COLUMNS = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+D4RL_ROBOTS = {  # environment, return of a random and of an expert policy
+    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
+    "hopper": ("Hopper-v4", -20.272305, 3234.3),
+    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+}
 D4RL_MAZES = {
     "antmaze-umaze-v2": "u-maze_noisy_multistart_False_multigoal_False",
     "antmaze-umaze-diverse-v2": "u-maze_noisy_multistart_True_multigoal_True",
@@ -287,9 +288,10 @@ D4RL_HASHES = """
     halfcheetah-random-v2:25407aef85b5d16c halfcheetah-medium-v2:41324e8487a9556d
     halfcheetah-medium-replay-v2:48d494a4770c11f4 halfcheetah-medium-expert-v2:015db75dae5bbe8e
     halfcheetah-full-replay-v2:27fdf7ea86e5a2cb halfcheetah-expert-v2:d9fe53bb994eb1e2
-    hopper-random-v2:63103ef7059db4c0 hopper-medium-v2:5bdf1bc4a713c829 hopper-medium-replay-v2:e121c5f7c9857a30
-    hopper-medium-expert-v2:9d51ad87f8c905be hopper-full-replay-v2:56baf95963c51c1e
-    hopper-expert-v2:01aa219a5f8eea5e walker2d-random-v2:4e863bb6090cf4a4 walker2d-medium-v2:cf00f43add04c17f
+    hopper-random-v2:63103ef7059db4c0 hopper-medium-v2:5bdf1bc4a713c829
+    hopper-medium-replay-v2:e121c5f7c9857a30 hopper-medium-expert-v2:9d51ad87f8c905be
+    hopper-full-replay-v2:56baf95963c51c1e hopper-expert-v2:01aa219a5f8eea5e
+    walker2d-random-v2:4e863bb6090cf4a4 walker2d-medium-v2:cf00f43add04c17f
     walker2d-medium-replay-v2:e75de96a4f77acf7 walker2d-medium-expert-v2:6b8d7f868c45bbae
     walker2d-full-replay-v2:f2720f9d27b2acef walker2d-expert-v2:2985dc3d436a8baa
     antmaze-umaze-v2:5ef15257771c50ef antmaze-umaze-diverse-v2:c771dd63963cd7d9
@@ -310,11 +312,8 @@ def is_antmaze(args):
 def complete(args, defaults):
     """Set each argument that is None to its default and check the ranges. Raises InputError."""
     rare, many = (50_000, 100) if is_antmaze(args) else (20_000, 10)
-    defaults = {
-        "eval_frequency": rare,
-        "eval_episodes": many,
-        "normalize_states": not is_antmaze(args),
-    } | defaults
+    shared = {"eval_frequency": rare, "eval_episodes": many, "normalize_states": not is_antmaze(args)}
+    defaults = shared | defaults
     for name, value in vars(args).items():
         value = defaults.get(name) if value is None else value
         low, high = int(name in COUNTS), 1 if name in UNIT_INTERVAL else math.inf
@@ -326,7 +325,7 @@ def complete(args, defaults):
 
 
 def download_d4rl(env_id):
-    """Path of a D4RL v2 name's file in D4RL's cache folder, downloaded there once. Raises InputError."""
+    """Path of a D4RL v2 name's file in D4RL's cache folder, downloaded once. Raises InputError."""
     file = f"gym_mujoco_v2/{env_id[:-3].replace('-', '_')}-v2.hdf5"
     if env_id in D4RL_MAZES:
         file = f"ant_maze_v2/Ant_maze_{D4RL_MAZES[env_id]}_sparse_fixed.hdf5"
@@ -347,8 +346,8 @@ def download_d4rl(env_id):
 def read_hdf5(path):
     """COLUMNS of a file in D4RL's schema, and which rows have a next one. Raises InputError.
 
-    As in d4rl.qlearning_dataset the next observation is that of the next row: the last row and rows at a timeout
-    have none. A stored next_observations is only compared with it.
+    As in d4rl.qlearning_dataset the next observation is that of the next row: the last row and rows at a
+    timeout have none. A stored next_observations is only compared with it.
     """
     try:
         with h5py.File(path) as file:
@@ -407,7 +406,7 @@ def open_minari(env_id):
 
 
 def read_minari(env_id, space):
-    """As read_hdf5, but each row has a next observation. Observations are flattened as by FlattenObservation."""
+    """As read_hdf5, but every row has a next one. Observations are flattened as by FlattenObservation."""
     episodes = []
     for x in open_minari(env_id):
         try:
@@ -420,7 +419,7 @@ def read_minari(env_id, space):
 
 
 def load_dataset(args):
-    """The dataset as a Batch, and the mean and std, (state_dim,), that normalised its states. Raises InputError.
+    """The dataset as a Batch, and the mean and std that normalised its states. Raises InputError.
 
     AntMaze: reward 0 and terminal at the goal, -1 elsewhere (App. C.1).
     """
@@ -456,8 +455,8 @@ def load_dataset(args):
     returns = np.diff(raw[ends], prepend=0)
     s, a, r, next_s, terminated = (x[kept] for x in (s, a, r, next_s, terminated))
     print(
-        f"{name}: {len(r):,} transitions, {len(returns):,} whole episodes, {int(terminated.sum()):,} terminals, "
-        f"{int(timeouts.sum()):,} timeouts, mean return {returns.sum() / max(1, len(returns)):.2f}"
+        f"{name}: {len(r):,} transitions, {len(returns):,} whole episodes, {terminated.sum():,.0f} terminals,"
+        f" {timeouts.sum():,.0f} timeouts, mean return {returns.sum() / max(1, len(returns)):.2f}"
     )
     mean, std = np.zeros(s.shape[1]), np.ones(s.shape[1])
     if args.normalize_states:
@@ -472,7 +471,7 @@ def load_dataset(args):
 def legacy_inertia(model, spec):
     """Give `model`, compiled from `spec`, the masses and inertias of MuJoCo 2.1.0, with which D4RL scored.
 
-    A capsule then weighed as a cylinder half a radius longer at each end. Exact ones make D4RL's policies fall.
+    A capsule then weighed as a cylinder half a radius longer at each end. With exact ones D4RL's agents fall.
     """
     spec.compile()  # gives the geoms their ids
     for geom in spec.geoms:
@@ -489,8 +488,8 @@ def legacy_inertia(model, spec):
 class D4RLAntMaze(MujocoEnv):
     """D4RL's antmaze-*-v2: observation qpos (15) and qvel (14), reward 1 and the end within 0.5 of the goal.
 
-    Gymnasium's ant in Gymnasium-Robotics' mazes with D4RL's time step, contacts, torque, frame (the start cell
-    is the origin, +y runs down the map), reset and goal noise (d4rl/locomotion/*.py).
+    Gymnasium's ant in Gymnasium-Robotics' mazes with D4RL's time step, contacts, torque, frame (the start
+    cell is the origin, +y runs down the map), reset and goal noise (d4rl/locomotion/*.py).
     """
 
     metadata = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 10}
@@ -544,9 +543,9 @@ class D4RLAntMaze(MujocoEnv):
 
 
 def make_env(args, render_mode=None):
-    """The evaluation environment of --env-id, with vector observations and actions in [-1, 1]. Raises InputError.
+    """The evaluation environment, with vector observations and actions in [-1, 1]. Raises InputError.
 
-    recorded_spaces: the observation and action space that its dataset has.
+    Its recorded_spaces are the observation and action space of the dataset.
     """
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
     options = {"render_mode": render_mode} if render_mode else {}
@@ -559,13 +558,10 @@ def make_env(args, render_mode=None):
         if family == "antmaze":
             env = TimeLimit(D4RLAntMaze(kind, **options), 700 if kind == "umaze" else 1000)
         elif family:
-            stock = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}[
-                family
-            ]
             with warnings.catch_warnings(action="ignore"):  # -v4 and its XML are out of date on purpose
-                env = gym.make(stock, **options)
+                env = gym.make(D4RL_ROBOTS[family][0], **options)
                 legacy_inertia(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
-        elif args.dataset_path:
+        elif args.dataset_path or args.env_id in gym.registry:
             env = gym.make(args.env_id, **options)
         else:
             env = open_minari(args.env_id).recover_environment(eval_env=True, **options)
@@ -589,19 +585,16 @@ def make_env(args, render_mode=None):
 
 # ---- end of environments ----
 # ---- shared by all scripts: evaluation and run folder ----
-REFERENCES = {
-    "halfcheetah": (-280.178953, 12135.0),
-    "hopper": (-20.272305, 3234.3),
-    "walker2d": (1.629008, 4592.3),
-}
-EVAL_COLUMNS = "step return_mean return_std normalized_score length_mean episodes wall_seconds".split()
+EVAL_COLUMNS = (
+    "step", "return_mean", "return_std", "normalized_score", "length_mean", "episodes", "wall_seconds"
+)  # fmt: skip
 
 
 def evaluate(act, envs, episodes, seed):
     """Returns and lengths, (episodes,) each, of the first episode after a reset with seed, seed + 1, ...
 
     act: observations (n, state_dim) -> actions (n, action_dim), for n = len(envs) episodes at a time. Each is
-    played to its end and counted, so short ones have no advantage. A plain list: a vector environment is slower.
+    played to its end and counted, so short ones have no advantage. A vector environment would be slower.
     """
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     for first in range(0, episodes, len(envs)):
@@ -621,18 +614,18 @@ def evaluate(act, envs, episodes, seed):
 
 
 def normalized_score(args, mean_return):
-    """100 (R - random) / (expert - random), AntMaze: percent of successes; None where there are no references.
+    """100 (R - random) / (expert - random), AntMaze: percent of successes; None without references.
 
     A D4RL name has D4RL's references, a Minari dataset its own, your own file none.
     """
+    random = expert = None
     if is_antmaze(args):
-        return 100 * mean_return
-    metadata = (
-        {} if args.dataset_path or args.env_id in D4RL_SHA256 else open_minari(args.env_id).storage.metadata
-    )
-    random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if args.env_id in D4RL_SHA256:
-        random, expert = REFERENCES[args.env_id.split("-")[0]]
+        random, expert = 0.0, 1.0
+    elif args.env_id in D4RL_SHA256:
+        _, random, expert = D4RL_ROBOTS[args.env_id.split("-")[0]]
+    elif not args.dataset_path and args.env_id not in gym.registry:
+        metadata = open_minari(args.env_id).storage.metadata
+        random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     return None if expert is None else 100 * (mean_return - random) / (expert - random)
 
 
@@ -685,33 +678,37 @@ def open_run(args, start):
 # ---- end of evaluation and run folder ----
 # ---- shared by all scripts: speed ----
 class Adam(nn.Module):
-    """torch.optim.Adam with all that changes in tensors, as a compiled update or a CUDA graph needs it."""
+    """torch.optim.Adam on one flat vector: torch's own cannot be part of a compiled update."""
 
     def __init__(self, net, learning_rate):
         super().__init__()
         self.net_parameters = list(net.parameters())
-        size = sum(p.numel() for p in self.net_parameters)
-        for name, x in {"m": torch.zeros(size), "v": torch.zeros(size), "step": torch.zeros(())}.items():
-            self.register_buffer(name, x)
+        self.sizes = [p.numel() for p in self.net_parameters]
+        self.register_buffer("m", torch.zeros(sum(self.sizes)))  # running mean of the gradient
+        self.register_buffer("v", torch.zeros(sum(self.sizes)))  # and of its square
+        self.register_buffer("step", torch.zeros((), dtype=torch.float64))
         self.register_buffer("learning_rate", torch.tensor(learning_rate))
 
     def minimise(self, loss):
         """One step on the parameters of `net` alone: the other networks in the loss get no gradient."""
-        parameters = self.net_parameters
-        gradients = torch.autograd.grad(loss, parameters)
+        gradients = torch.autograd.grad(loss, self.net_parameters)
         with torch.no_grad():
+            gradient = torch.cat([x.flatten() for x in gradients])
             self.step += 1
-            gradients = [g.contiguous() for g in gradients]
-            sizes = [p.numel() for p in parameters]
-            ms = [x.view_as(p) for x, p in zip(self.m.split(sizes), parameters)]
-            vs = [x.view_as(p) for x, p in zip(self.v.split(sizes), parameters)]
-            lists = parameters, gradients, ms, vs, [], [self.step] * len(ms)
-            rest = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
-            torch._fused_adam_(*lists, lr=self.learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, **rest)
+            bias1 = 1 - torch.exp(self.step * math.log(0.9))  # 1 - 0.9^step, which compiled code would repeat
+            root = torch.sqrt(1 - torch.exp(self.step * math.log(0.999)))
+            self.m.lerp_(gradient, 1 - 0.9)
+            self.v.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+            divisor = self.v.sqrt().add_(1e-8 * root).mul_(bias1 / (root * self.learning_rate))
+            pieces = zip(
+                self.net_parameters, self.m.split(self.sizes), divisor.split(self.sizes), strict=True
+            )
+            for p, m, d in pieces:
+                p.addcdiv_(m.view_as(p), d.view_as(p), value=-1)
 
 
 def accelerate(step, args, device):
-    """step(update_actor) compiled and, on a GPU, replayed as a CUDA graph; it must change tensors in place only."""
+    """step(update_actor), which changes tensors in place, compiled and, on a GPU, as a CUDA graph."""
     if sys.platform == "linux":  # keep what a step frees (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): 15 % faster
         ctypes.CDLL(None).mallopt(-3, 2**25)
         ctypes.CDLL(None).mallopt(-1, 2**30)

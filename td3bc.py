@@ -1,31 +1,27 @@
 """TD3+BC, offline RL with a behaviour cloning term, in one file.
 
 Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", NeurIPS 2021,
-https://arxiv.org/abs/2106.06860. TD3 on the dataset, whose actor also imitates the dataset's actions.
-`update` is the whole algorithm; what stands below it is data, evaluation and run keeping.
+https://arxiv.org/abs/2106.06860
 
     python td3bc.py --env-id walker2d-medium-v2
+
+Arguments, networks, losses and update, data, environments, evaluation, speed, main.
+`update` equals the published code to 1e-14 (float64, 50 steps). D4RL's own policies return here what was
+published for them: hopper_online_10 1296 +- 65, published 1291 +- 86, in Gymnasium's Hopper-v4 1186 +- 43.
 """
 
 import copy
 import ctypes
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import os
-import pickle
-import re
-import signal
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, NamedTuple, get_type_hints
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import h5py
@@ -36,66 +32,75 @@ import torch
 import torch.nn as nn
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.spaces import Box, flatdim, flatten
+from gymnasium.vector.utils import iterate
+from gymnasium.wrappers import FlattenObservation, RecordVideo, RescaleAction, TimeLimit
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclasses.dataclass
 class Args:
-    # ---- shared by all scripts: common arguments ----
+    # ---- shared by all scripts: dataset arguments ----
     env_id: str = "dmg/halfcheetah/medium-replay-v0"
-    """a D4RL v2 name, a Minari id (this one ships in datasets/), or a Gymnasium id together with --dataset-path"""
+    """a D4RL v2 name, a Minari id (this one is in datasets/), or a Gymnasium id with --dataset-path"""
     dataset_path: str | None = None
-    """your own HDF5 file in D4RL's schema; with a D4RL name it is read in place of the downloaded file"""
-    seed: Annotated[int, "[0, 1e9]"] = 0
+    """HDF5 file in D4RL's schema: your own data, or to be read instead of the file of a D4RL name"""
+    normalize_states: bool | None = None
+    """normalise states by the dataset's mean and standard deviation; None: yes, AntMaze no"""
+    # ---- end of dataset arguments ----
+    gradient_steps: int = 1_000_000
+    """number of iterations of the update"""
+    alpha: float = 2.5
+    """weight of Q, which is scaled to mean 1, against the cloning term (alpha)"""
+    policy_frequency: int = 2
+    """critic updates per update of actor and targets (d)"""
+    policy_noise: float = 0.2
+    """standard deviation of the target policy's smoothing noise, in units of the action range [-1, 1]"""
+    noise_clip: float = 0.5
+    """clip of the smoothing noise, same unit"""
+    exp_name: str = "td3bc"
+    """name of the experiment, part of the run folder's name"""
+    # ---- shared by all scripts: run arguments ----
+    gamma: float = 0.99
+    """discount factor, in [0, 1]"""
+    target_update_rate: float = 0.005
+    """Polyak rate of the target networks (xi), in [0, 1]"""
+    batch_size: int = 256
+    """transitions per gradient step"""
+    learning_rate: float = 3e-4
+    """Adam's step size for every network"""
+    eval_frequency: int | None = None
+    """gradient steps between evaluations, each with a checkpoint; None: 20,000, AntMaze 50,000"""
+    eval_episodes: int | None = None
+    """whole episodes per evaluation; None: 10, AntMaze 100"""
+    seed: int = 0
     """seed of networks, batches, noise and evaluation episodes"""
-    num_seeds: Annotated[int, "[1, inf)"] = 1
-    """train this many agents side by side in one process, seeds seed, seed + 1, ..., each in its own run folder"""
+    resume: str | None = None
+    """run folder to continue from its checkpoint, with that run's arguments"""
     cuda: bool = True
     """train on the GPU if there is one"""
-    torch_deterministic: bool = True
-    """use deterministic kernels, so that one seed gives the same bits again on the same machine"""
-    compile: bool = False
-    """compile the update into machine code of its own (needs a C++ compiler; a minute at the first start)"""
     cudagraphs: bool = True
     """on a GPU, launch the whole update as one CUDA graph"""
-    matmul_precision: Literal["highest", "high", "medium"] = "medium"
-    """torch.set_float32_matmul_precision; on a CPU without AMX "medium" is float32 too, on a GPU it is TF32"""
-    eval_frequency: Annotated[int | None, "[1, inf)"] = None
-    """gradient steps between evaluations, each with a checkpoint (default: 20,000; AntMaze 50,000)"""
-    eval_episodes: Annotated[int | None, "[1, 1e6]"] = None
-    """whole episodes per evaluation (default: 10; AntMaze 100)"""
-    resume: str | None = None
-    """run folder to continue exactly where its checkpoint stands, with that run's arguments"""
-    eval_only: bool = False
-    """with --resume: score the saved agent, write nothing"""
+    compile: bool = False
+    """compile the update (on a CPU it needs a C++ compiler and is then 1.4 times as fast)"""
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """of matrix products: high is float32 on a CPU, TF32 on a GPU; medium is faster on some AMD CPUs"""
+    torch_deterministic: bool = True
+    """use deterministic kernels, so that one seed gives the same bits again on the same machine"""
     capture_video: bool = False
-    """record the first episode of each evaluation into the run folder (needs moviepy)"""
+    """film the first episode of each evaluation into the run folder (needs moviepy)"""
     track: bool = False
     """mirror the TensorBoard log to Weights & Biases (needs wandb)"""
     wandb_project_name: str = "dmg"
     """project of --track"""
     wandb_entity: str | None = None
     """team of --track"""
-    batch_size: Annotated[int, "[1, 1e6]"] = 256
-    """transitions per gradient step"""
-    learning_rate: Annotated[float, "(0, inf)"] = 3e-4
-    """Adam's step size for every network"""
-    gamma: Annotated[float, "[0, 1)"] = 0.99
-    """discount factor"""
-    target_update_rate: Annotated[float, "(0, 1]"] = 0.005
-    """Polyak rate of the target networks (xi)"""
-    # ---- end of common arguments ----
-    gradient_steps: Annotated[int, "[1, inf)"] = 1_000_000
-    """number of iterations of the update"""
-    alpha: Annotated[float, "[0, inf)"] = 2.5
-    """weight of Q, which is scaled to mean 1, against the cloning term (alpha)"""
-    policy_frequency: Annotated[int, "[1, inf)"] = 2
-    """critic updates per update of actor and targets (d)"""
-    policy_noise: Annotated[float, "[0, inf)"] = 0.2
-    """standard deviation of the target policy's smoothing noise, in units of the action range [-1, 1]"""
-    noise_clip: Annotated[float, "[0, inf)"] = 0.5
-    """clip of the smoothing noise, same unit"""
+    # ---- end of run arguments ----
+
+    def __post_init__(self):
+        """Fill in what depends on the dataset. Raises InputError."""
+        complete(self, {})
 
 
 # ---- shared by all scripts: networks ----
@@ -112,54 +117,61 @@ class Batch(NamedTuple):
 class Linear(nn.Module):
     """nn.Linear, (B, n_in) -> (B, n_out), or two side by side, (2, B, n_in) -> (2, B, n_out)."""
 
-    def __init__(self, n_in: int, n_out: int, *nets: int):
+    def __init__(self, n_in, n_out, *nets):
         super().__init__()
         bound = n_in**-0.5  # nn.Linear's initialisation
         self.weight = nn.Parameter(torch.empty(*nets, n_in, n_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(*nets, *[1] * len(nets), n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*nets, 1, n_out).uniform_(-bound, bound))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.shape[-1] == 1:  # slow as a matrix product
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        if torch.compiler.is_compiling():  # the bias joins the next loop
-            return x @ self.weight + self.bias
-        return (torch.baddbmm if x.ndim == 3 else torch.addmm)(self.bias, x, self.weight)
+    def forward(self, x):
+        product = torch.baddbmm if x.ndim == 3 else torch.addmm  # faster than x @ weight + bias
+        return product(self.bias, x, self.weight)
 
 
-def mlp(n_in: int, n_out: int, *nets: int) -> list[nn.Module]:
-    return [Linear(n_in, 256, *nets), nn.ReLU(True), Linear(256, 256, *nets), nn.ReLU(True), Linear(256, n_out, *nets)]
+def mlp(n_in, n_out, *nets):
+    hidden = Linear(n_in, 256, *nets), nn.ReLU(True), Linear(256, 256, *nets), nn.ReLU(True)
+    return [*hidden, Linear(256, n_out, *nets)]
 
 
 class TwinCritic(nn.Module):
-    """Q1 and Q2: (B, state_dim), (B, action_dim) -> (2, B)."""
+    """Q1 and Q2: (B, state_dim), (B, action_dim) -> (2, B).
 
-    def __init__(self, state_dim: int, action_dim: int):
+    One batched network halves the matrix products. A LayerNorm in it needs parameters of shape (2, 1, 256):
+    with nn.LayerNorm(256) Q1 and Q2 would share them.
+    """
+
+    def __init__(self, state_dim, action_dim):
         super().__init__()
         self.net = nn.Sequential(*mlp(state_dim + action_dim, 1, 2))
 
-    def forward(self, s: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    def forward(self, s, a):
         return self.net(torch.cat([s, a], -1).expand(2, -1, -1)).squeeze(-1)
 
 
 # ---- end of networks ----
 class Agent(nn.Module):
-    """The networks of TD3, their optimisers, and the mean and std that normalise raw states."""
+    """The networks of TD3, their optimizers, and the mean and std that normalise states."""
 
-    def __init__(self, state_dim: int, action_dim: int, args: Args, device: torch.device | str = "cpu"):
+    def __init__(self, state_dim, action_dim, args):
         super().__init__()
-        self.actor = nn.Sequential(*mlp(state_dim, action_dim), nn.Tanh())  # (B, state_dim) -> (B, action_dim)
+        self.actor = nn.Sequential(*mlp(state_dim, action_dim), nn.Tanh())  # (B, state) -> (B, action)
         self.critic = TwinCritic(state_dim, action_dim)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(state_dim))
         self.register_buffer("std", torch.ones(state_dim))
-        self.to(device)
-        self.optimizers = [Adam(net, args.learning_rate) for net in (self.actor, self.critic)]
-        self.actor_optimizer, self.critic_optimizer = self.optimizers
+        self.actor_optimizer = Adam(self.actor, args.learning_rate)
+        self.critic_optimizer = Adam(self.critic, args.learning_rate)
+
+    @torch.no_grad()
+    def act(self, observations):
+        """Actions in [-1, 1], (n, action_dim), for observations of the environment, (n, state_dim)."""
+        s = torch.as_tensor(observations, dtype=torch.float32, device=self.mean.device)
+        return self.actor((s - self.mean) / self.std).cpu().numpy()
 
 
-def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_actor: bool) -> dict[str, torch.Tensor]:
-    """One iteration of TD3+BC on `batch`; noise: (B, action_dim), standard normal. Returns detached scalars."""
+def update(agent, batch, noise, args, update_actor):
+    """One iteration of TD3+BC. noise: (B, action_dim), standard normal. Returns detached scalars."""
     s, a, r, next_s, terminated = batch
 
     # critic: clipped double Q with target policy smoothing
@@ -173,7 +185,7 @@ def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_a
 
     metrics = {"critic_loss": critic_loss, "q_values": q.mean()}
     if update_actor:
-        # actor: maximise alpha Q1 / mean|Q1| and stay near the dataset's actions
+        # actor (Eq. 3 to 5): maximise alpha Q1 / mean|Q1| and stay near the dataset's actions
         pi = agent.actor(s)
         q_pi = agent.critic(s, pi)[0]
         bc_loss = (pi - a).square().mean()
@@ -183,253 +195,219 @@ def update(agent: Agent, batch: Batch, noise: torch.Tensor, args: Args, update_a
         # target networks
         with torch.no_grad():
             for net, target in ((agent.critic, agent.critic_target), (agent.actor, agent.actor_target)):
-                torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), args.target_update_rate)
+                pairs = list(target.parameters()), list(net.parameters())
+                torch._foreach_lerp_(*pairs, args.target_update_rate)
         metrics |= {"actor_loss": actor_loss, "bc_loss": bc_loss}
     return {name: value.detach() for name, value in metrics.items()}
 
 
-NORMALIZE_STATES = True  # but for AntMaze
-
-
-# ---- shared by all scripts: data, environments, evaluation, run folder ----
-class Stop(Exception):
-    """Ends the program: Stop(sentence, exit code). Codes: 2 wrong input, 3 divergence, 128 + n after signal n."""
-
-
-def require(condition: bool, sentence: str, code: int = 2) -> None:
-    if not condition:
-        raise Stop(sentence, code)
-
-
-def expect(condition: bool, reason: str) -> None:
-    """`require` inside of `explain`, which says what it is about and what to do."""
-    if not condition:
-        raise ValueError(reason)
-
-
-@contextmanager
-def explain(what: str, advice: str = "", kind: type[Exception] = Exception) -> Iterator[None]:
-    """Whatever a library raises over a file, a network or an environment becomes one sentence."""
-    try:
-        yield
-    except Stop:
-        raise
-    except kind as error:
-        error = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        raise Stop(f"{what}: {reason}. {advice}".strip(), 2) from error
-
-
+# ---- shared by all scripts: data ----
+UNIT_INTERVAL = "lam", "lam_end", "expectile", "gamma", "gamma_online", "target_update_rate"
+COUNTS = "gradient_steps", "batch_size", "policy_frequency", "eval_frequency", "eval_episodes"
+COLUMNS = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-EXP_NAME = Path(__file__).stem
-CHECKPOINT_FORMAT = 3  # of `save` in train_seed
-EVAL_COLUMNS = ("step", "return_mean", "return_std", "normalized_score", "length_mean", "episodes", "wall_seconds")
-REFERENCES = {"halfcheetah": (-280.178953, 12135.0), "hopper": (-20.272305, 3234.3), "walker2d": (1.629008, 4592.3)}
-# the D4RL v2 names without "-v2", and 16 digits of the sha256 of their files, from tensorflow_datasets
-D4RL_FILES = """
-    halfcheetah-random:25407aef85b5d16c halfcheetah-medium:41324e8487a9556d halfcheetah-medium-replay:48d494a4770c11f4
-    halfcheetah-medium-expert:015db75dae5bbe8e halfcheetah-expert:d9fe53bb994eb1e2 hopper-random:63103ef7059db4c0
-    hopper-medium:5bdf1bc4a713c829 hopper-medium-replay:e121c5f7c9857a30 hopper-medium-expert:9d51ad87f8c905be
-    hopper-expert:01aa219a5f8eea5e walker2d-random:4e863bb6090cf4a4 walker2d-medium:cf00f43add04c17f
-    walker2d-medium-replay:e75de96a4f77acf7 walker2d-medium-expert:6b8d7f868c45bbae walker2d-expert:2985dc3d436a8baa
-    antmaze-umaze:5ef15257771c50ef antmaze-umaze-diverse:c771dd63963cd7d9 antmaze-medium-play:c9fec1c1daad97c7
-    antmaze-medium-diverse:ad9dcbac05d1f874 antmaze-large-play:6d353df245782992 antmaze-large-diverse:84f775eb7956ea9c
+D4RL_ROBOTS = {  # environment, return of a random and of an expert policy
+    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
+    "hopper": ("Hopper-v4", -20.272305, 3234.3),
+    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+}
+D4RL_MAZES = {
+    "antmaze-umaze-v2": "u-maze_noisy_multistart_False_multigoal_False",
+    "antmaze-umaze-diverse-v2": "u-maze_noisy_multistart_True_multigoal_True",
+    "antmaze-medium-play-v2": "big-maze_noisy_multistart_True_multigoal_False",
+    "antmaze-medium-diverse-v2": "big-maze_noisy_multistart_True_multigoal_True",
+    "antmaze-large-play-v2": "hardest-maze_noisy_multistart_True_multigoal_False",
+    "antmaze-large-diverse-v2": "hardest-maze_noisy_multistart_True_multigoal_True",
+}
+# the first 16 digits of the sha256 of their files, from tensorflow_datasets
+D4RL_HASHES = """
+    halfcheetah-random-v2:25407aef85b5d16c halfcheetah-medium-v2:41324e8487a9556d
+    halfcheetah-medium-replay-v2:48d494a4770c11f4 halfcheetah-medium-expert-v2:015db75dae5bbe8e
+    halfcheetah-full-replay-v2:27fdf7ea86e5a2cb halfcheetah-expert-v2:d9fe53bb994eb1e2
+    hopper-random-v2:63103ef7059db4c0 hopper-medium-v2:5bdf1bc4a713c829
+    hopper-medium-replay-v2:e121c5f7c9857a30 hopper-medium-expert-v2:9d51ad87f8c905be
+    hopper-full-replay-v2:56baf95963c51c1e hopper-expert-v2:01aa219a5f8eea5e
+    walker2d-random-v2:4e863bb6090cf4a4 walker2d-medium-v2:cf00f43add04c17f
+    walker2d-medium-replay-v2:e75de96a4f77acf7 walker2d-medium-expert-v2:6b8d7f868c45bbae
+    walker2d-full-replay-v2:f2720f9d27b2acef walker2d-expert-v2:2985dc3d436a8baa
+    antmaze-umaze-v2:5ef15257771c50ef antmaze-umaze-diverse-v2:c771dd63963cd7d9
+    antmaze-medium-play-v2:c9fec1c1daad97c7 antmaze-medium-diverse-v2:ad9dcbac05d1f874
+    antmaze-large-play-v2:6d353df245782992 antmaze-large-diverse-v2:84f775eb7956ea9c
 """
-D4RL_SHA256 = {f"{name}-v2": digest for name, digest in (x.split(":") for x in D4RL_FILES.split())}
+D4RL_SHA256 = dict(entry.split(":") for entry in D4RL_HASHES.split())
 
 
-def download_d4rl(env_id: str) -> Path:
-    """The verified file of a D4RL v2 name in D4RL's cache folder, downloaded if it is not there. Raises Stop."""
-    file = f"gym_mujoco_v2/{env_id[:-3].replace('-', '_')}-v2.hdf5"
-    if env_id.startswith("antmaze"):
-        size, diverse = env_id.split("-")[1], "diverse" in env_id
-        maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[size]
-        starts = diverse or size != "umaze"
-        file = f"ant_maze_v2/Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{diverse}_sparse_fixed.hdf5"
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    path = folder / Path(file).name
-    ways_on = f"Put {path.name} into {folder}, or give --dataset-path, or a Minari id such as mujoco/hopper/medium-v0."
-    with explain(f"cannot fetch {D4RL_URL + file} to {folder}", ways_on):
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            # under a temporary name until it is whole and its hash is right
-            torch.hub.download_url_to_file(D4RL_URL + file, str(path), D4RL_SHA256[env_id])
-        with path.open("rb") as opened:
-            right = hashlib.file_digest(opened, "sha256").hexdigest().startswith(D4RL_SHA256[env_id])
-    require(right, f"{path} is not D4RL's file, its sha256 differs: delete it to download it again. {ways_on}")
-    return path
+class InputError(ValueError):
+    """Wrong input: the user sees its sentence and no traceback."""
 
 
-@contextmanager
-def open_hdf5(path: str | Path, advice: str) -> Iterator[Callable[[str], np.ndarray]]:
-    """A function from an array's name in the file to its numbers as float32. Raises Stop, over the body's errors too.
-
-    Nothing outside the file is read, no array that is not wholly in it, and none that unpacks to 100 times its size.
-    """
-
-    def read(name: str) -> np.ndarray:
-        x = file
-        for part in name.split("/"):
-            expect(isinstance(x.get(part, getlink=True), h5py.HardLink), f"'{name}' is missing or a link")
-            x = x[part]
-        expect(x.dtype.kind in "biuf", f"'{name}' holds no numbers but {x.dtype}")
-        expect(not x.is_virtual and not x.external, f"'{name}' is stored in another file")
-        large = max(4 * x.size, math.prod(x.chunks or ()) * x.dtype.itemsize) > limit
-        expect(not large, f"'{name}' of shape {x.shape} is over 100 times as large as the file")
-        chunks = math.prod(-(-n // size) for n, size in zip(x.shape, x.chunks or (), strict=False))
-        whole = x.id.get_num_chunks() >= chunks if x.chunks else x.id.get_storage_size() >= x.nbytes
-        expect(whole, f"'{name}' of shape {x.shape} has rows that were never written")
-        return x.astype(np.float32)[()]
-
-    with explain(f"cannot read {path}", advice):
-        expect(Path(path).is_file(), "there is no such file")  # a pipe would be waited for
-        limit = 100 * Path(path).stat().st_size
-        with h5py.File(path) as file:
-            yield read
-
-
-def read_hdf5(path: str | Path) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """Rows of a file in D4RL's schema as numpy arrays, timeouts (N,), and which d4rl.qlearning_dataset keeps (N,).
-
-    The next observation is that of the next row, so the last row and the rows at a timeout have none. Raises Stop.
-    """
-    advice = "D4RL's schema: observations (N, o), actions (N, a), and rewards, terminals, timeouts (N,)."
-    with open_hdf5(path, advice) as read:
-        s, a, *columns = map(read, ("observations", "actions", "rewards", "terminals", "timeouts"))
-    n, shapes = len(s) if s.ndim else 0, [x.shape for x in (s, a, *columns)]
-    fits = s.ndim == a.ndim == 2 and len(a) == n and all(x.shape in ((n,), (n, 1)) for x in columns)
-    require(fits, f"{path} has shapes {shapes}. {advice}")
-    r, terminals, timeouts = (x.reshape(n) for x in columns)
-    keep = (timeouts != 1) & (np.arange(n) < n - 1)
-    return Batch(s, a, r, np.concatenate([s[1:], s[:1]]), terminals), timeouts, keep
-
-
-class MinariSet(NamedTuple):
-    """A Minari dataset on disk."""
-
-    folder: Path
-    spec: gym.envs.registration.EnvSpec  # of the evaluation environment
-    references: tuple[float, float] | None  # the returns that mean a score of 0 and of 100
-    episodes: int
-
-
-def minari_spec(saved: dict) -> gym.envs.registration.EnvSpec:
-    """The environment that a file describes: registered code only, and no paths among the file's arguments for it."""
-    if saved["id"] not in gym.registry:
-        import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
-
-    spec, wrappers = gym.registry.get(saved["id"]), saved["additional_wrappers"]
-    known = spec is not None and spec.entry_point == saved["entry_point"]
-    advice = "import what registers it at the top of this script"
-    expect(known, f"its environment {saved['id']} ({saved['entry_point']}) is not registered: {advice}")
-    harmless = re.compile(r"gymnasium\.wrappers\.(common|stateful_\w+|transform_\w+):[A-Z]\w+")
-    expect(all(harmless.fullmatch(x["entry_point"]) for x in wrappers), f"its environment has wrappers {wrappers}")
-    arguments = json.dumps([saved["kwargs"], [x["kwargs"] for x in wrappers]])
-    plain = all(re.fullmatch(r"(\w[\w. -]*)?", x) for x in re.findall('"(.*?)"', arguments))
-    expect(plain, f"its environment's arguments name paths: {arguments}")
-    changes = {name: saved[name] for name in ("kwargs", "max_episode_steps")}
-    wrappers = tuple(gym.envs.registration.WrapperSpec(**x) for x in wrappers)
-    return dataclasses.replace(spec, **changes, additional_wrappers=wrappers)
-
-
-def open_minari(args: Args) -> MinariSet | None:
-    """The Minari dataset of --env-id, downloaded if it is not there; None for other kinds of id. Raises Stop."""
-    name = args.env_id
-    if name in D4RL_SHA256 or args.dataset_path:
-        return None
-    with explain(f"cannot look for the Minari dataset {name}", "Choose a folder with MINARI_DATASETS_PATH."):
-        valid = minari.dataset.minari_dataset.DATASET_ID_RE.fullmatch(name)  # leads out of no folder
-        shipped = Path(__file__).resolve().parent / "datasets"
-        here = valid and (shipped / name / "data").exists()
-        root = shipped if here else minari.storage.datasets_root_dir.get_dataset_path()
-        folder = root / name / "data"
-        found = {x.parent.relative_to(base).as_posix() for base in (shipped, root) for x in base.rglob("data")}
-    near = difflib.get_close_matches(name, {*D4RL_SHA256, *gym.registry, *found} - {name})
-    near = f"did you mean {' or '.join(near)}? " if near else ""
-    known = f"{near}Give a D4RL v2 name ({', '.join(D4RL_SHA256)}), a Minari id (mujoco/hopper/medium-v0)"
-    require(valid and ("/" in name or folder.exists()), f"unknown --env-id {name}: {known} or --dataset-path.")
-    ways_on = f"{near}Put its main_data.hdf5 and metadata.json into {folder}, or use a D4RL name, or --dataset-path."
-    with explain(f"cannot load the Minari dataset {name}", ways_on):
-        if not folder.exists():
-            minari.download_dataset(name)
-        file = folder / "metadata.json"
-        expect(file.is_file() and file.stat().st_size < 2**24, f"{file} is missing or too large")
-        metadata = json.loads(file.read_text())
-        low, high = references = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-        expect(high is None or -math.inf < low < high < math.inf, f"its reference scores are {references}")
-        spec = minari_spec(json.loads(metadata.get("eval_env_spec") or metadata["env_spec"]))
-        return MinariSet(folder, spec, None if high is None else references, int(metadata["total_episodes"]))
-
-
-def read_minari(source: MinariSet, space: gym.Space) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """As read_hdf5, observations flattened as FlattenObservation does; no row lacks its next observation."""
-
-    def flatten(space: gym.Space, name: str) -> np.ndarray:
-        if isinstance(space, gym.spaces.Dict):
-            return np.concatenate([flatten(sub, f"{name}/{key}") for key, sub in space.items()], -1)
-        x = read(name)
-        return x.reshape(len(x), -1)
-
-    episodes = []
-    with open_hdf5(source.folder / "main_data.hdf5", "Is the Minari dataset complete?") as read:
-        for i in range(source.episodes):
-            a, r, terminals = (read(f"episode_{i}/{name}") for name in ("actions", "rewards", "terminations"))
-            s, n = flatten(space, f"episode_{i}/observations"), len(a)
-            fits = len(s) == n + 1 and r.shape == terminals.shape == (n,)
-            expect(fits, f"it lacks the last state of episode {i}, or its columns differ in length")
-            episodes.append((s[:-1], a, r, s[1:], terminals, (terminals == 0) & (np.arange(n) == n - 1)))
-        *rows, timeouts = map(np.concatenate, zip(*episodes, strict=True))
-    return Batch(*rows), timeouts, np.ones(len(timeouts), bool)
-
-
-def is_antmaze(args: Args) -> bool:
+def is_antmaze(args):
     return "antmaze" in args.env_id.lower().replace("_", "")
 
 
-def load_dataset(args: Args, source: MinariSet | None, env: gym.Env) -> tuple[Batch, np.ndarray, np.ndarray]:
-    """The dataset as a Batch of tensors, and the mean and std, (state_dim,), that normalised its states. Raises Stop.
+def complete(args, defaults):
+    """Set each argument that is None to its default and check the ranges. Raises InputError."""
+    rare, many = (50_000, 100) if is_antmaze(args) else (20_000, 10)
+    shared = {"eval_frequency": rare, "eval_episodes": many, "normalize_states": not is_antmaze(args)}
+    defaults = shared | defaults
+    for name, value in vars(args).items():
+        value = defaults.get(name) if value is None else value
+        low, high = int(name in COUNTS), 1 if name in UNIT_INTERVAL else math.inf
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} must be in [{low}, {high}], not {value}")
+        setattr(args, name, value)
+    if args.dataset_path:
+        args.dataset_path = str(Path(args.dataset_path).expanduser().resolve())
+
+
+def download_d4rl(env_id):
+    """Path of a D4RL v2 name's file in D4RL's cache folder, downloaded once. Raises InputError."""
+    file = f"gym_mujoco_v2/{env_id[:-3].replace('-', '_')}-v2.hdf5"
+    if env_id in D4RL_MAZES:
+        file = f"ant_maze_v2/Ant_maze_{D4RL_MAZES[env_id]}_sparse_fixed.hdf5"
+    path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / Path(file).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:  # under a temporary name until it is whole and its sha256 is right
+            torch.hub.download_url_to_file(D4RL_URL + file, str(path), D4RL_SHA256[env_id])
+        except (OSError, RuntimeError) as error:
+            advice = f"put it to {path}, or give --dataset-path or a Minari id"
+            raise InputError(f"cannot download {D4RL_URL + file} ({error}): {advice}") from error
+    with path.open("rb") as opened:
+        if not hashlib.file_digest(opened, "sha256").hexdigest().startswith(D4RL_SHA256[env_id]):
+            raise InputError(f"{path} is not D4RL's file, its sha256 differs: delete it")
+    return path
+
+
+def read_hdf5(path):
+    """COLUMNS of a file in D4RL's schema, and which rows have a next one. Raises InputError.
+
+    As in d4rl.qlearning_dataset the next observation is that of the next row: the last row and rows at a
+    timeout have none. A stored next_observations is only compared with it.
+    """
+    try:
+        with h5py.File(path) as file:
+            s, a, r, terminals, timeouts = (file[name].astype(np.float32)[()] for name in COLUMNS[:5])
+            next_s = np.roll(s, -1, 0)
+            stored = file[COLUMNS[5]].astype(np.float32)[()] if COLUMNS[5] in file else next_s
+    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+        schema = "observations (N, o), actions (N, a), rewards, terminals, timeouts (N,)"
+        raise InputError(f"cannot read {path} ({error}): D4RL's schema is {schema}") from error
+    kept = (timeouts.reshape(-1) != 1) & (np.arange(timeouts.size) < len(s) - 1)
+    if not timeouts.any():
+        advice = "set timeouts to 1 in the last row of each episode that a time limit ended"
+        print(f"Warning: {path} marks no timeouts, so rows of two episodes may be joined: {advice}")
+    differs = (
+        (np.abs(stored - next_s) > 1e-4).reshape(len(kept), -1).any(1) & kept & (terminals.reshape(-1) != 1)
+    )
+    if 2 * differs.sum() > kept.sum():
+        raise InputError(f"{path} is not in the order of time: next_observations are not the next rows'")
+    if differs.any():
+        print(f"Warning: {path} has {differs.sum():,} next_observations that are not the next row's")
+    return (s, a, r, terminals, timeouts, next_s), kept
+
+
+def open_minari(env_id):
+    """A Minari dataset, from datasets/ beside this file, the disk or the network. Raises InputError."""
+    bundled = Path(globals().get("__file__", "")).resolve().parent / "datasets" / env_id / "data"
+    if env_id.startswith("dmg/") and not bundled.exists():
+        raise InputError(f"{env_id} is in the folder datasets/ of the repository: clone it, or give --env-id")
+    if env_id in gym.registry:
+        raise InputError(f"{env_id} is an environment: add --dataset-path")
+    try:
+        remote = "/" in env_id
+        source = minari.MinariDataset(bundled) if bundled.exists() else minari.load_dataset(env_id, remote)
+    except Exception as error:  # of the network, the server or the files: they have no common class
+        kinds = f"a D4RL name ({', '.join(D4RL_SHA256)}), or Minari's as in mujoco/hopper/medium-v0"
+        advice = f"Give {kinds}. If a download was interrupted, delete its folder."
+        raise InputError(f"cannot load {env_id} ({type(error).__name__}: {error}). {advice}") from error
+    spec = source._eval_env_spec or source.env_spec
+    if spec is None:
+        raise InputError(f"{env_id} has no environment to evaluate in")
+    if spec.id not in gym.registry:
+        import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
+    if spec.id not in gym.registry or gym.registry[spec.id].entry_point != spec.entry_point:
+        raise InputError(
+            f"{env_id} needs {spec.id} ({spec.entry_point}): register it at the top of this file"
+        )
+    spec.kwargs.pop("render_mode", None)
+    recorders = ":Monitor", ":RecordEpisodeStatistics", ":RecordVideo"
+    wrappers = [x for x in spec.additional_wrappers if not x.entry_point.endswith(recorders)]
+    for wrapper in wrappers:
+        if ":Normalize" in wrapper.entry_point or not wrapper.entry_point.startswith("gymnasium.wrappers."):
+            reason = "a dataset lacks its statistics or its code: record it without"
+            raise InputError(f"{env_id} was recorded through {wrapper.entry_point}; {reason}")
+    spec.additional_wrappers = tuple(wrappers)
+    return source
+
+
+def read_minari(env_id, space):
+    """As read_hdf5, but every row has a next one. Observations are flattened as by FlattenObservation."""
+    episodes = []
+    for x in open_minari(env_id):
+        try:
+            s = np.stack([flatten(space, observation) for observation in iterate(space, x.observations)])
+        except TypeError as error:
+            raise InputError(f"the observations of {env_id} cannot be used: {error}") from error
+        episodes.append((s[:-1], x.actions, x.rewards, x.terminations, x.truncations, s[1:]))
+    columns = [np.concatenate(column) for column in zip(*episodes, strict=True)]
+    return columns, np.ones(len(columns[1]), bool)
+
+
+def load_dataset(args):
+    """The dataset as a Batch, and the mean and std that normalised its states. Raises InputError.
 
     AntMaze: reward 0 and terminal at the goal, -1 elsewhere (App. C.1).
     """
-    name, box = args.dataset_path or args.env_id, env.unwrapped.action_space
-    if source is not None:
-        rows, timeouts, keep = read_minari(source, env.unwrapped.observation_space)
+    space, box = make_env(args).recorded_spaces
+    name = args.dataset_path or args.env_id
+    if args.dataset_path or name in D4RL_SHA256:
+        columns, kept = read_hdf5(args.dataset_path or download_d4rl(name))
     else:
-        rows, timeouts, keep = read_hdf5(args.dataset_path or download_d4rl(name))
-    require(keep.any(), f"{name} holds no transition.")
-    for key, shape in (("observations", env.observation_space.shape), ("actions", box.shape)):
-        found = getattr(rows, key).shape[1:]
-        require(found == shape, f"{name} has {key} of shape {found}, its environment has {shape}.")
-    flags = np.isin([rows.terminated, timeouts], (0, 1)).all()
-    require(flags, f"{name} has terminals or timeouts other than 0 and 1.")
-    for key, x in rows._asdict().items():
-        require(np.isfinite(x).all(), f"{name} has NaN, Inf or numbers beyond float32 in {key}: remove these rows.")
-    s, a, r, next_s, terminals = (x[keep] for x in rows)
+        columns, kept = read_minari(name, space)
+    n, widths = len(kept), (flatdim(space), *box.shape, 1, 1, 1, flatdim(space))
+    for key, x, width in zip(COLUMNS, columns, widths, strict=True):
+        if len(x) != n or x.size != n * width:
+            raise InputError(f"{name} has {key} of shape {x.shape}; needed is {(n, width)}")
+        if not np.isfinite(x.astype(np.float32)).all():
+            advice = "mark the row before each as a timeout, then remove it"
+            raise InputError(f"{name} has NaN or infinite {key}: {advice}")
+    s, a, r, terminated, timeouts, next_s = (x.astype(np.float32).reshape(n, -1) for x in columns)
+    r, terminated, timeouts = r[:, 0], terminated[:, 0], timeouts[:, 0]
     a = ((a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)).astype(np.float32)
-    require(np.abs(a).max() <= 1 + 1e-3, f"{name} has actions outside the environment's {box.low} to {box.high}.")
-    mean, std, ends = np.zeros(s.shape[1]), np.ones(s.shape[1]), timeouts == 1
+    if not kept.any():
+        raise InputError(f"{name} has no transition")
+    if np.abs(a).max() > 1 + 1e-3:
+        raise InputError(f"{name} has actions outside the environment's {box.low} to {box.high}")
+    if not np.isin([terminated, timeouts], (0, 1)).all():
+        raise InputError(f"{name} has terminals or timeouts other than 0 and 1")
+    ends, raw = timeouts + terminated > 0, np.cumsum(r, dtype=np.float64)
     if is_antmaze(args):
-        require(np.isin(r, (0, 1)).all(), f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere.")
-        r, terminals = r - 1, r  # the goal is terminal, yet the recorded episode may go on: it ends at the timeout
-    else:
-        ends |= rows.terminated == 1
-    if NORMALIZE_STATES and not is_antmaze(args):
-        mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3
-    returns = np.diff(np.cumsum(rows.rewards, dtype=np.float64)[ends], prepend=0)
+        if not np.isin(r, (0, 1)).all():
+            raise InputError(f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere")
+        ends = timeouts == 1  # a recorded episode goes on after its goal
+        terminated = r
+        r = r - 1
+    returns = np.diff(raw[ends], prepend=0)
+    s, a, r, next_s, terminated = (x[kept] for x in (s, a, r, next_s, terminated))
     print(
-        f"{name}: {len(r):,} transitions, {ends.sum():,} whole episodes, {int(terminals.sum()):,} terminals, "
-        f"{int(timeouts.sum()):,} timeouts, mean return {returns.sum() / max(1, len(returns)):.2f}, "
-        f"rewards {rows.rewards.min():.2f} to {rows.rewards.max():.2f}"
+        f"{name}: {len(r):,} transitions, {len(returns):,} whole episodes, {terminated.sum():,.0f} terminals,"
+        f" {timeouts.sum():,.0f} timeouts, mean return {returns.sum() / max(1, len(returns)):.2f}"
     )
+    mean, std = np.zeros(s.shape[1]), np.ones(s.shape[1])
+    if args.normalize_states:
+        mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3
     mean, std = mean.astype(np.float32), std.astype(np.float32)
-    batch = Batch((s - mean) / std, a, r, (next_s - mean) / std, terminals)
-    return Batch(*map(torch.from_numpy, batch)), mean, std
+    batch = Batch((s - mean) / std, a, r, (next_s - mean) / std, terminated)
+    return Batch(*map(torch.from_numpy, batch)), torch.from_numpy(mean), torch.from_numpy(std)
 
 
-def legacy_inertia(model: mujoco.MjModel, spec: mujoco.MjSpec) -> None:
-    """Give `model`, compiled from `spec`, the masses and inertias of MuJoCo 2.1.0, where D4RL's scores were taken.
+# ---- end of data ----
+# ---- shared by all scripts: environments ----
+def legacy_inertia(model, spec):
+    """Give `model`, compiled from `spec`, the masses and inertias of MuJoCo 2.1.0, with which D4RL scored.
 
-    A capsule then weighed as a cylinder half a radius longer at each end; exact ones make D4RL's policies fall.
+    A capsule then weighed as a cylinder half a radius longer at each end. With exact ones D4RL's agents fall.
     """
     spec.compile()  # gives the geoms their ids
     for geom in spec.geoms:
@@ -446,22 +424,30 @@ def legacy_inertia(model: mujoco.MjModel, spec: mujoco.MjSpec) -> None:
 class D4RLAntMaze(MujocoEnv):
     """D4RL's antmaze-*-v2: observation qpos (15) and qvel (14), reward 1 and the end within 0.5 of the goal.
 
-    Gymnasium's ant in Gymnasium-Robotics' mazes with D4RL's time step, contacts, torque, frame (the start cell is the
-    origin, +y runs down the map), reset and goal noise (d4rl/locomotion/{ant,maze_env,goal_reaching_env}.py).
+    Gymnasium's ant in Gymnasium-Robotics' mazes with D4RL's time step, contacts, torque, frame (the start
+    cell is the origin, +y runs down the map), reset and goal noise (d4rl/locomotion/*.py).
     """
 
     metadata = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 10}
 
-    def __init__(self, maze: str, render_mode: str | None = None):
+    def __init__(self, maze, render_mode=None):
         self.maze = maze
-        space = gym.spaces.Box(-np.inf, np.inf, (29,), np.float64)
+        space = Box(-np.inf, np.inf, (29,), np.float64)
         view = {"distance": 70.0, "elevation": -90.0}  # the whole maze from above
         super().__init__("ant.xml", 5, space, render_mode, camera_id=-1, default_camera_config=view)
 
-    def _initialize_simulation(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        from gymnasium_robotics.envs.maze.maps import LARGE_MAZE, MEDIUM_MAZE, U_MAZE  # not at the top: it prints
+    def _initialize_simulation(self):
+        from gymnasium_robotics.envs.maze.maps import (
+            LARGE_MAZE,
+            MEDIUM_MAZE,
+            U_MAZE,
+        )  # not at the top: it prints
 
-        mazes = {"umaze": (U_MAZE, (0, 8)), "medium": (MEDIUM_MAZE, (20, 20)), "large": (LARGE_MAZE, (32, 24))}
+        mazes = {
+            "umaze": (U_MAZE, (0, 8)),
+            "medium": (MEDIUM_MAZE, (20, 20)),
+            "large": (LARGE_MAZE, (32, 24)),
+        }
         maze, self.goal_cell = mazes[self.maze]
         spec = mujoco.MjSpec.from_file(self.fullpath)
         spec.option.timestep = 0.02
@@ -472,58 +458,79 @@ class D4RLAntMaze(MujocoEnv):
             spec.worldbody.add_geom(pos=[4 * (j - 1), 4 * (i - 1), 1], **wall)
         for geom in spec.geoms:
             geom.solimp[:3] = 0.8, 0.8, 0.01
-        spec.worldbody.add_site(name="goal", pos=[*self.goal_cell, 0.5], size=[0.5, 0.5, 0.5], rgba=[1, 0, 0, 1])
+        spec.worldbody.add_site(
+            name="goal", pos=[*self.goal_cell, 0.5], size=[0.5, 0.5, 0.5], rgba=[1, 0, 0, 1]
+        )
         model = spec.compile()
         legacy_inertia(model, spec)
         return model, mujoco.MjData(model)
 
-    def reset_model(self) -> np.ndarray:
+    def reset_model(self):
         self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
         self.model.site("goal").pos[:2] = self.goal
         qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
         self.set_state(qpos, self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv))
         return self.state_vector()
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+    def step(self, action):
         self.do_simulation(action, self.frame_skip)
         reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
         return self.state_vector(), float(reached), reached, False, {}
 
 
-def make_env(args: Args, source: MinariSet | None, render_mode: str | None = None) -> gym.Env:
-    """The evaluation environment of --env-id, with vector observations and actions in [-1, 1]. Raises Stop."""
-    family, kind = args.env_id.split("-")[:2] if args.env_id in D4RL_SHA256 else ("", "")
-    options = {"render_mode": render_mode} if render_mode else {}
-    ignored = warnings.catch_warnings(action="ignore")  # -v4 and its XML are out of date on purpose
-    mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
-    with explain(f"cannot make the environment of {args.env_id}"), ignored:
-        if family == "antmaze":
-            env = gym.wrappers.TimeLimit(D4RLAntMaze(kind, **options), 700 if kind == "umaze" else 1000)
-        elif family:
-            names = {"halfcheetah": "HalfCheetah-v4", "hopper": "Hopper-v4", "walker2d": "Walker2d-v4"}
-            env = gym.make(names[family], **options)
-            legacy_inertia(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
-        else:
-            if is_antmaze(args):
-                import gymnasium_robotics  # noqa: F401  registers AntMaze
+def make_env(args, render_mode=None):
+    """The evaluation environment, with vector observations and actions in [-1, 1]. Raises InputError.
 
-                options["continuing_task"] = False  # the episode ends at the goal: a success counts once
-            env = gym.make(source.spec if source else args.env_id, **options)
-    box = env.action_space
-    bounded = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and box.is_bounded()
-    require(bounded, f"{args.env_id} has the action space {box}; a bounded vector (Box) is needed.")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
+    Its recorded_spaces are the observation and action space of the dataset.
+    """
+    mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
+    options = {"render_mode": render_mode} if render_mode else {}
+    family, kind, *_ = args.env_id.split("-") if args.env_id in D4RL_SHA256 else (None, None)
+    if is_antmaze(args) and not family:
+        import gymnasium_robotics  # noqa: F401  registers AntMaze
+
+        options["continuing_task"] = False  # an episode ends at the goal
+    try:
+        if family == "antmaze":
+            env = TimeLimit(D4RLAntMaze(kind, **options), 700 if kind == "umaze" else 1000)
+        elif family:
+            with warnings.catch_warnings(action="ignore"):  # -v4 and its XML are out of date on purpose
+                env = gym.make(D4RL_ROBOTS[family][0], **options)
+                legacy_inertia(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
+        elif args.dataset_path or args.env_id in gym.registry:
+            env = gym.make(args.env_id, **options)
+        else:
+            env = open_minari(args.env_id).recover_environment(eval_env=True, **options)
+    except gym.error.Error as error:
+        raise InputError(f"cannot make the environment of {args.env_id}: {error}") from error
+    if not family and env.spec.max_episode_steps is None:
+        warnings.warn(
+            f"{args.env_id} has no time limit: its episodes are ended after 1000 steps", stacklevel=1
+        )
+        env = TimeLimit(env, 1000)
+    space, box = spaces = env.observation_space, env.action_space
+    if not isinstance(box, Box) or len(box.shape) != 1 or not box.is_bounded():
+        raise InputError(f"{args.env_id} has actions of {box}; needed is a Box of one dimension, with bounds")
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        env = FlattenObservation(env)
     if (box.low != -1).any() or (box.high != 1).any():
-        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env = RescaleAction(env, np.float32(-1), np.float32(1))
+    env.recorded_spaces = spaces
     return env
 
 
-def evaluate(act: Callable, envs: list[gym.Env], episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+# ---- end of environments ----
+# ---- shared by all scripts: evaluation and run folder ----
+EVAL_COLUMNS = (
+    "step", "return_mean", "return_std", "normalized_score", "length_mean", "episodes", "wall_seconds"
+)  # fmt: skip
+
+
+def evaluate(act, envs, episodes, seed):
     """Returns and lengths, (episodes,) each, of the first episode after a reset with seed, seed + 1, ...
 
-    act: raw observations (n, state_dim) -> actions (n, action_dim), for n = len(envs) episodes at a time. Each is
-    played to its end and counted, so short ones have no advantage. A plain list: a vector environment takes longer.
+    act: observations (n, state_dim) -> actions (n, action_dim), for n = len(envs) episodes at a time. Each is
+    played to its end and counted, so short ones have no advantage. A vector environment would be slower.
     """
     returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
     for first in range(0, episodes, len(envs)):
@@ -542,367 +549,232 @@ def evaluate(act: Callable, envs: list[gym.Env], episodes: int, seed: int) -> tu
     return returns, lengths
 
 
-def reference_returns(args: Args, source: MinariSet | None) -> tuple[float, float]:
-    """The returns that mean a score of 0 and of 100; (0, 100), the return itself, where there is no reference."""
+def normalized_score(args, mean_return):
+    """100 (R - random) / (expert - random), AntMaze: percent of successes; None without references.
+
+    A D4RL name has D4RL's references, a Minari dataset its own, your own file none.
+    """
+    random = expert = None
     if is_antmaze(args):
-        return 0.0, 1.0  # success in percent
-    if source and source.references:
-        return source.references
-    env_id = source.spec.id if source else args.env_id
-    return REFERENCES.get(env_id.lower().split("-")[0], (0.0, 100.0))
+        random, expert = 0.0, 1.0
+    elif args.env_id in D4RL_SHA256:
+        _, random, expert = D4RL_ROBOTS[args.env_id.split("-")[0]]
+    elif not args.dataset_path and args.env_id not in gym.registry:
+        metadata = open_minari(args.env_id).storage.metadata
+        random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
+    return None if expert is None else 100 * (mean_return - random) / (expert - random)
 
 
-def normalized_score(args: Args, source: MinariSet | None, returns: np.ndarray) -> np.ndarray:
-    """100 (R - random) / (expert - random), in percent; AntMaze: success rate."""
-    random, expert = reference_returns(args, source)
-    return 100 * (returns - random) / (expert - random)
+def read_args(folder):
+    """The arguments of a run of this script. Raises InputError."""
+    try:
+        saved = json.loads(Path(folder, "args.json").read_text())
+        return Args(**{name: saved[name] for name in vars(Args())})
+    except (OSError, KeyError) as error:
+        raise InputError(f"{folder} is no run of this script: {error}") from error
 
 
-def write(path: Path, writer: Callable[[BinaryIO], object]) -> None:
-    """writer(temporary file), then a rename, so that `path` is whole at every moment. Raises Stop."""
-    temporary = path.with_name(path.name + ".tmp")
-    with explain(f"cannot write {path}"):
-        try:
-            with temporary.open("wb") as file:
-                writer(file)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def new_run_folder(args: Args) -> Path:
-    """runs/{env_id}__{exp_name}__{seed}__{time}, with args.json in it."""
-    folder, second = None, int(time.time())
-    while folder is None:
-        path = Path("runs", f"{args.env_id.replace('/', '-')}__{EXP_NAME}__{args.seed}__{second}")
-        with explain(f"cannot make {path}"), suppress(FileExistsError):
-            path.mkdir(parents=True)
-            folder = path
-        second += 1  # another run began in the same second
-    record = dataclasses.asdict(args) | {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
-    with suppress(OSError):  # no git
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    write(folder / "args.json", lambda file: file.write(json.dumps(record, indent=2).encode()))
-    return folder
-
-
-def load_checkpoint(folder: str, script: str = EXP_NAME) -> dict:
-    """What `train` of `script` saved in a run folder, with those of its arguments that this script has. Raises Stop."""
-    with explain(f"cannot load {folder}", "Give a folder of runs/ that holds a checkpoint.pt."):
-        try:
-            checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # its text advises to run the code in the file
-            raise ValueError("it is damaged, or holds more than tensors and numbers") from None
-        found, args, version = checkpoint["script"], checkpoint["args"], checkpoint.get("format", 1)
-        require(found == script, f"{folder} was written by {found}.py, one of {script}.py is needed.")
-        expect(version == CHECKPOINT_FORMAT, f"it has format {version}, this script reads {CHECKPOINT_FORMAT}")
-        known = args if script == EXP_NAME else vars(Args()).keys() & args
-        return checkpoint | {"args": Args(**{name: args[name] for name in known})}
-
-
-# ---- end of data, environments, evaluation, run folder ----
-# ---- shared by all scripts: speed and seeds ----
-class Adam:
-    """Adam with all that changes in tensors, as a compiled update or a CUDA graph needs it."""
-
-    def __init__(self, net: nn.Module, learning_rate: float):
-        self.parameters = list(net.parameters())
-        self.m, self.v = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
-        self.step, self.learning_rate = (self.m[0].new_tensor(x) for x in (0.0, learning_rate))
-
-    def minimise(self, loss: torch.Tensor) -> None:
-        """One step on the parameters of `net`; other networks that the loss passes through get no gradient."""
-        gradients = [x.contiguous() for x in torch.autograd.grad(loss, self.parameters)]  # as the kernel reads them
-        with torch.no_grad():
-            self.step += 1
-            if not torch.compiler.is_compiling():  # one pass over the memory, one kernel on a GPU
-                lists = self.parameters, gradients, self.m, self.v, [], [self.step] * len(self.m)
-                rest = {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
-                torch._fused_adam_(*lists, lr=self.learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, **rest)
-                return
-            # torch cannot compile that; beta**step as an exp: a power would be taken again in every loop
-            bias1, bias2 = (1 - (self.step.double() * math.log(beta)).exp() for beta in (0.9, 0.999))
-            torch._foreach_lerp_(self.m, gradients, 1 - 0.9)
-            torch._foreach_mul_(self.v, 0.999)
-            torch._foreach_addcmul_(self.v, gradients, gradients, 1 - 0.999)
-            divisor = torch._foreach_sqrt(self.v)
-            torch._foreach_mul_(divisor, (1 / bias2.sqrt()).to(loss.dtype))
-            torch._foreach_add_(divisor, 1e-8)
-            torch._foreach_mul_(divisor, (bias1 / self.learning_rate).to(loss.dtype))
-            torch._foreach_addcdiv_(self.parameters, self.m, divisor, -1)
-
-    def state(self) -> list[torch.Tensor]:
-        return [self.step, *self.m, *self.v]
-
-
-def capture(step: Callable[[], dict]) -> Callable[[], dict]:
-    """A function that replays the GPU's work of `step` as one CUDA graph; capturing runs nothing."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        metrics = step()
-
-    def replay() -> dict:
-        graph.replay()
-        return metrics
-
-    return replay
-
-
-def accelerate(step: Callable[[bool], dict], args: Args, device: torch.device) -> Callable[[bool], dict]:
-    """`step(update_actor)` without Python's and the launches' overhead; it must change tensors in place only.
-
-    With --compile it is one compiled function for either value. On a GPU it is a CUDA graph for either, captured at
-    the fourth call, when three plain ones have warmed up the libraries; where that fails, it goes on without.
-    """
-    with suppress(AttributeError, TypeError):  # glibc alone: keep what a step frees, a new page costs more than its use
-        for option, size in ((-3, 2**25), (-1, 2**30)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, size)
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the compiled function
-        cpu, plain = device.type == "cpu", step
-        # nothing but update_actor changes between two calls: one function for either value, and no checks at each call
-        options = {"cpp_wrapper": cpu, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        options |= {"pattern_matcher": not cpu}  # it makes `x @ weight + bias` an addmm, which on a CPU copies the bias
-        form = {"fullgraph": True, "isolate_recompiles": True}
-        # torch.compile takes entries out of options: a dictionary for each
-        compiled = [torch.compile(f, **form, options={**options}) for f in (lambda: plain(False), lambda: plain(True))]
-
-        def step(update_actor: bool) -> dict:
-            with explain("--compile failed", "It needs a C++ compiler (g++ or clang++): install one or leave it out."):
-                return compiled[update_actor]()
-
-    if device.type != "cuda" or not args.cudagraphs:
-        return step
-    calls, replays = [0, 0], {}
-
-    def launch(update_actor: bool) -> dict:
-        calls[update_actor] += 1
-        if calls[update_actor] == 4:
-            try:
-                replays[update_actor] = capture(lambda: step(update_actor))
-            except RuntimeError as error:
-                tqdm.write(f"no CUDA graph, training goes on without it: {error}")
-        return replays[update_actor]() if update_actor in replays else step(update_actor)
-
-    return launch
-
-
-def take_turns(runs: list[Iterator[None]]) -> None:
-    """Advance each run by a step in turn until all have ended; one that stops leaves the others on. Raises Stop."""
-    stops: list[Stop] = []
-    while runs:
-        for run in list(runs):
-            try:
-                if next(run, "ended") == "ended":
-                    runs.remove(run)
-            except Stop as stop:
-                stops.append(stop)
-                runs.remove(run)
-    if stops:
-        raise Stop("\n".join(stop.args[0] for stop in stops), max(stop.args[1] for stop in stops))
-
-
-# ---- end of speed and seeds ----
-def train(args: Args, checkpoint: dict | None = None, catch_signals: Callable[[], list[int]] = list) -> None:
-    """Train, from `checkpoint` on if there is one, until done or a signal number is in the list of catch_signals().
-
-    Raises Stop: wrong input, divergence (the last good checkpoint stays), a signal (after a checkpoint).
-    """
+def set_up(args):
+    """Print the arguments in use and prepare torch; returns the device."""
+    for name, value in vars(args).items():
+        if value is not None and value is not False and (args.track or not name.startswith("wandb")):
+            print(f"{name:24}{value}")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory here
     torch.set_float32_matmul_precision(args.matmul_precision)
-    if checkpoint:
-        env_id = checkpoint["args"].env_id
-        require(env_id == args.env_id, f"{args.resume} was trained on {env_id}, not on {args.env_id}.")
-    source = open_minari(args)
-    data = None if args.eval_only else load_dataset(args, source, make_env(args, source))
-    signals = [] if args.eval_only else catch_signals()  # loading ends at once, training with a checkpoint
-    seeds = [dataclasses.replace(args, seed=args.seed + i, num_seeds=1) for i in range(args.num_seeds)]
-    take_turns([train_seed(x, source, data, checkpoint, signals) for x in seeds])
-
-
-def train_seed(
-    args: Args, source: MinariSet | None, data: tuple | None, checkpoint: dict | None, signals: list[int]
-) -> Iterator[None]:
-    """The training of one seed on `data` as load_dataset gives it, a gradient step at each `next`."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(
+        int(os.environ.get("OMP_NUM_THREADS", 1))
+    )  # on a busy machine two wait for each other
     torch.manual_seed(args.seed)
-    envs = [make_env(args, source) for _ in range(min(args.eval_episodes, 10))]
-    (state_dim,), (action_dim,) = envs[0].observation_space.shape, envs[0].action_space.shape
-    agent = Agent(state_dim, action_dim, args, device)
-    generator = torch.Generator(device).manual_seed(args.seed)  # batches and noise: evaluation does not touch it
-    step, evaluations, started, eval_seed = 0, [], time.time(), 1000 * (args.seed + 1)
-    if checkpoint:
-        unfit = f"{args.resume} does not fit {args.env_id}"
-        with explain(unfit, "Is it damaged, or have the data or the environment changed?"):
-            agent.load_state_dict(checkpoint["agent"])
-            for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
-                torch._foreach_copy_(optimizer.state(), state)
-            if checkpoint.get("device", device.type) == device.type:  # another kind has other random numbers
-                generator.set_state(checkpoint["generator"])
-        step, evaluations, started = checkpoint["step"], checkpoint["evaluations"], started - checkpoint["seconds"]
+    if not args.cuda or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default one
+    return torch.device("cuda")
 
-    def heed_signals() -> None:
-        if signals:
-            losses()  # a diverged agent must not replace the last good one
-            save()
-            raise Stop(f"stopped at step {step:,}: go on with --resume {folder}", 128 + signals[0])
 
-    @torch.no_grad()
-    def act(observations: np.ndarray) -> np.ndarray:
-        heed_signals()
-        s = torch.as_tensor(observations, dtype=torch.float32, device=device)
-        return agent.actor((s - agent.mean) / agent.std).cpu().numpy()
-
-    def score_agent() -> list:
-        returns, lengths = evaluate(act, envs, args.eval_episodes, eval_seed)
-        mean, std, score = returns.mean().item(), returns.std().item(), normalized_score(args, source, returns).mean()
-        tqdm.write(f"seed {args.seed}, step {step:,}: return {mean:.1f} +- {std:.1f}, score {score:.1f}")
-        return [step, mean, std, score.item(), lengths.mean().item(), len(returns), time.time() - started]
-
-    if args.eval_only:
-        score_agent()
-        return
-    dataset, mean, std = data
-    digest = hashlib.sha256(dataset.observations.numpy()).hexdigest()
-    same = not checkpoint or checkpoint["digest"] == digest
-    require(same, f"{args.dataset_path or args.env_id} is not the dataset that {args.resume} was trained on.")
-    agent.mean.copy_(torch.from_numpy(mean))
-    agent.std.copy_(torch.from_numpy(std))
-    dataset = Batch(*(x.to(device) for x in dataset))
-    folder = Path(args.resume) if args.resume else new_run_folder(args)
-    print(f"run folder: {folder}")
-
-    def log(values: dict[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-
-    def losses() -> dict[str, float]:
-        if stream:
-            stream.synchronize()
-        values = {f"losses/{name}": value.item() for name, value in metrics.items()}
-        q = abs(values.get("losses/q_values", 0.0))
-        # Adam's small steps keep a runaway Q finite for long: ten times the largest return has diverged too
-        ran_away = q > 1000 and q > 10 * dataset.rewards.abs().max().item() / (1 - args.gamma)
-        if ran_away or not all(map(math.isfinite, values.values())):
-            log({"eval/diverged": 1})
-            raise Stop(f"diverged at step {step:,}: {values}; the last good checkpoint stays in {folder}", 3)
-        return values
-
-    def save() -> None:
-        state = {"script": EXP_NAME, "args": dataclasses.asdict(args) | {"resume": None}, "step": step}
-        state |= {"agent": agent.state_dict(), "optimizers": [x.state() for x in agent.optimizers]}
-        state |= {"generator": generator.get_state(), "evaluations": evaluations, "seconds": time.time() - started}
-        state |= {"metrics": metrics, "digest": digest, "format": CHECKPOINT_FORMAT, "device": device.type}
-        csv = "".join(",".join(map(str, row)) + "\n" for row in [EVAL_COLUMNS, *evaluations])
-        writer.flush()  # what the checkpoint makes past must be on the disk before it, or a kill between loses it
-        write(folder / "eval.csv", lambda file: file.write(csv.encode()))
-        write(folder / "checkpoint.pt", lambda file: torch.save(state, file))
-
-    def film() -> None:
-        if not args.capture_video:
-            return
-        with explain(f"cannot film into {folder / 'videos'}", "It takes moviepy and OpenGL (MUJOCO_GL=egl or osmesa)."):
-            env = make_env(args, source, "rgb_array")
-            env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=f"step-{step}")
-            evaluate(act, [env], 1, eval_seed)
-            env.close()
-
+def open_run(args, start):
+    """The run folder, new or resumed at step `start`, with args.json in it, and its TensorBoard log."""
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    folder = Path(args.resume or f"runs/{name.replace('/', '-').replace(':', '-')}")
+    folder.mkdir(parents=True, exist_ok=bool(args.resume))
+    versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
+    record = vars(args) | {"resume": None, "versions": versions}
+    (folder / "args.json").write_text(json.dumps(record, indent=2))
     if args.track:
-        with explain("--track needs Weights & Biases (pip install wandb, wandb login)"):
-            import wandb
+        import wandb
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
-            wandb.init(**names, config=vars(args), sync_tensorboard=True)
-    metrics, timed_step, timed = checkpoint["metrics"] if checkpoint else {}, step, time.time()
-    begun = step
+        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
+        wandb.init(**names, id=folder.name, resume="allow", config=record, sync_tensorboard=True)
+    return folder, SummaryWriter(
+        str(folder), purge_step=start + 1
+    )  # hides what a killed run logged after start
+
+
+# ---- end of evaluation and run folder ----
+# ---- shared by all scripts: speed ----
+class Adam(nn.Module):
+    """torch.optim.Adam on one flat vector: torch's own cannot be part of a compiled update."""
+
+    def __init__(self, net, learning_rate):
+        super().__init__()
+        self.net_parameters = list(net.parameters())
+        self.sizes = [p.numel() for p in self.net_parameters]
+        self.register_buffer("m", torch.zeros(sum(self.sizes)))  # running mean of the gradient
+        self.register_buffer("v", torch.zeros(sum(self.sizes)))  # and of its square
+        self.register_buffer("step", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("learning_rate", torch.tensor(learning_rate))
+
+    def minimise(self, loss):
+        """One step on the parameters of `net` alone: the other networks in the loss get no gradient."""
+        gradients = torch.autograd.grad(loss, self.net_parameters)
+        with torch.no_grad():
+            gradient = torch.cat([x.flatten() for x in gradients])
+            self.step += 1
+            bias1 = 1 - torch.exp(self.step * math.log(0.9))  # 1 - 0.9^step, which compiled code would repeat
+            root = torch.sqrt(1 - torch.exp(self.step * math.log(0.999)))
+            self.m.lerp_(gradient, 1 - 0.9)
+            self.v.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+            divisor = self.v.sqrt().add_(1e-8 * root).mul_(bias1 / (root * self.learning_rate))
+            pieces = zip(
+                self.net_parameters, self.m.split(self.sizes), divisor.split(self.sizes), strict=True
+            )
+            for p, m, d in pieces:
+                p.addcdiv_(m.view_as(p), d.view_as(p), value=-1)
+
+
+def accelerate(step, args, device):
+    """step(update_actor), which changes tensors in place, compiled and, on a GPU, as a CUDA graph."""
+    if sys.platform == "linux":  # keep what a step frees (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): 15 % faster
+        ctypes.CDLL(None).mallopt(-3, 2**25)
+        ctypes.CDLL(None).mallopt(-1, 2**30)
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the compiled function
+        step = torch.compile(step, fullgraph=True, options={"cpp_wrapper": device.type == "cpu"})
+    if device.type != "cuda" or not args.cudagraphs:
+        return step
+    calls, graphs, metrics = [0, 0], {}, {}
+
+    def launch(update_actor):
+        calls[update_actor] += 1
+        if calls[update_actor] < 4:  # warm up the libraries
+            return step(update_actor)
+        if update_actor not in graphs:
+            graphs[update_actor] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[update_actor], stream=torch.cuda.current_stream()):
+                metrics[update_actor] = step(update_actor)  # recorded, not run
+        graphs[update_actor].replay()
+        return metrics[update_actor]
+
+    return launch
+
+
+# ---- end of speed ----
+def main(args):
+    """Train; with --resume, from the checkpoint on. Raises InputError; SystemExit(3) after a divergence."""
+    device = set_up(args)
+    dataset, mean, std = load_dataset(args)
+    dataset = Batch(*(x.to(device) for x in dataset))
+    largest_return = dataset.rewards.abs().max().item() / max(1 - args.gamma, 1e-3)
+    envs = [make_env(args) for _ in range(min(args.eval_episodes, 10))]
+    agent = Agent(dataset.observations.shape[1], dataset.actions.shape[1], args)
+    agent.mean.copy_(mean)
+    agent.std.copy_(std)
+    generator = torch.Generator(device).manual_seed(args.seed)  # of batches and noise; evaluation has its own
+    start, evaluations, elapsed = 0, [], 0.0
+    if args.resume:
+        checkpoint = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        agent.load_state_dict(checkpoint["agent"])
+        if checkpoint["device"] == device.type:  # the other kind draws other random numbers
+            generator.set_state(checkpoint["generator"])
+        start, evaluations, elapsed = (checkpoint[key] for key in ("step", "evaluations", "seconds"))
+    agent.to(device)
     index = torch.empty(args.batch_size, dtype=torch.int64, device=device)
-    noise = torch.empty(args.batch_size, action_dim, device=device)
-    learn = accelerate(
-        lambda update_actor: update(agent, Batch(*(x[index] for x in dataset)), noise, args, update_actor), args, device
-    )
-    stream = torch.cuda.Stream() if device.type == "cuda" else None  # one for each seed: they run side by side
-    # purge_step hides what a killed run logged past its checkpoint
-    bar = tqdm(total=args.gradient_steps, initial=step, unit=" steps", desc=f"{device} seed {args.seed}")
-    unwritable = explain(f"cannot write to {folder}", "Is the disk full?", OSError)
-    with bar, unwritable, SummaryWriter(str(folder), purge_step=step + 1) as writer:
-        if not checkpoint:
-            table = "".join(f"|{name}|{value}|\n" for name, value in vars(args).items())
-            writer.add_text("hyperparameters", "|argument|value|\n|-|-|\n" + table)
-            save()
-        film()  # before any step: shows at once what it lacks
-        while True:
-            finished = step >= args.gradient_steps
-            due = (finished or step % args.eval_frequency == 0) and step > (evaluations[-1][0] if evaluations else 0)
-            if step > begun and (due or step % 1000 == 0):
-                log(losses())
-                log({"charts/SPS": (step - timed_step) / (time.time() - timed)})
-                timed_step, timed = step, time.time()
-            if due:
-                evaluations.append(score_agent())
-                _, mean, _, score, length, *_ = evaluations[-1]
-                log({"eval/episodic_return": mean, "eval/normalized_score": score, "eval/episodic_length": length})
-                log({"eval/success_rate": score} if is_antmaze(args) else {})
-                bar.set_postfix(score=f"{score:.1f}")
-                save()
-                film()
-                timed_step, timed = step, time.time()
-            if finished:
-                return
-            heed_signals()
+    noise = torch.empty(args.batch_size, dataset.actions.shape[1], device=device)
 
-            step += 1
-            with torch.cuda.stream(stream):
-                index.random_(len(dataset.rewards), generator=generator)
-                noise.normal_(generator=generator)
-                metrics |= learn(step % args.policy_frequency == 0)
-            bar.update()
-            yield
+    def update_on_batch(update_actor):
+        return update(agent, Batch(*(x[index] for x in dataset)), noise, args, update_actor)
 
+    learn = accelerate(update_on_batch, args, device)
+    folder, writer = open_run(args, start)
+    bar = tqdm(total=args.gradient_steps, initial=start, unit="step", smoothing=1)  # the rate of now
+    begun, metrics = time.time(), {}
+    for step in range(start, args.gradient_steps + 1):
+        if step > start:
+            index.random_(len(dataset.rewards), generator=generator)
+            noise.normal_(generator=generator)
+            metrics |= learn(step % args.policy_frequency == 0)
 
-def resolve(args: Args) -> Args:
-    """Fill in the defaults that depend on the dataset and check the ranges. Raises Stop."""
-    defaults = {"eval_frequency": 20_000, "eval_episodes": 10}
-    if is_antmaze(args):
-        defaults = {"eval_frequency": 50_000, "eval_episodes": 100}
-    args = dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
-    for name, hint in get_type_hints(Args, include_extras=True).items():
-        for span in getattr(hint, "__metadata__", ()):
-            x, (low, high) = getattr(args, name), map(float, span[1:-1].split(","))
-            inside = low <= x <= high and (x > low or span[0] == "[") and (x < high or span[-1] == "]")
-            require(inside, f"--{name.replace('_', '-')} {x} is outside {span}.")
-    require(bool(args.resume) or not args.eval_only, "--eval-only scores a saved agent: add --resume runs/<name>.")
-    alone = args.num_seeds == 1 or not args.resume
-    require(alone, "--num-seeds starts new agents: --resume goes on with one, leave it out.")
-    return args
+        due = step % args.eval_frequency == 0 or step == args.gradient_steps
+        if step > start and (due or step % 1000 == 0):
+            bar.update(step - bar.n)
+            logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
+            # Adam's small steps keep a runaway Q finite for long
+            ran_away = abs(logs["losses/q_values"]) > max(1000, 10 * largest_return)
+            if ran_away or not all(map(math.isfinite, logs.values())):
+                writer.add_scalar("eval/diverged", 1, step)
+                writer.close()
+                print(
+                    f"diverged at step {step:,}: {logs}. {folder} has the last good checkpoint.",
+                    file=sys.stderr,
+                )
+                sys.exit(3)
+            logs["charts/SPS"] = (step - start) / (time.time() - begun)
+            for name, value in logs.items():
+                writer.add_scalar(name, value, step)
 
-
-def main() -> int:
-    """Train or resume by the command line; a Stop becomes its sentence on stderr and its exit code."""
-    signals: list[int] = []
-
-    def catch_signals() -> list[int]:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: (signals.append(number), signal.signal(number, signal.SIG_DFL)))
-        return signals  # a second signal ends at once
-
-    args, checkpoint = tyro.cli(Args), None
-    try:
-        if args.resume:
-            checkpoint = load_checkpoint(args.resume)
-            args = tyro.cli(Args, default=checkpoint["args"])
-        args = resolve(args)
-        print(", ".join(f"{name}={value}" for name, value in vars(args).items()))
-        train(args, checkpoint, catch_signals)
-        return 0
-    except Stop as stop:
-        print(stop.args[0], file=sys.stderr)
-        return stop.args[1]
-    except KeyboardInterrupt:
-        return 130
+        if due and step not in [row[0] for row in evaluations]:
+            eval_seed = 1000 * (args.seed + 1)  # the same episodes each time
+            returns, lengths = evaluate(agent.act, envs, args.eval_episodes, eval_seed)
+            mean, std, length = returns.mean().item(), returns.std().item(), lengths.mean().item()
+            score = normalized_score(args, mean)
+            if score is not None:
+                writer.add_scalar("eval/normalized_score", score, step)
+            writer.add_scalar("eval/episodic_return", mean, step)
+            writer.add_scalar("eval/episodic_length", length, step)
+            writer.flush()
+            text = "" if score is None else f", score {score:.1f}"
+            tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}{text}")
+            if args.capture_video:
+                film = RecordVideo(
+                    make_env(args, "rgb_array"), f"{folder}/videos", name_prefix=f"step-{step}"
+                )
+                evaluate(agent.act, [film], 1, eval_seed)
+                film.close()
+            seconds = elapsed + time.time() - begun
+            evaluations.append([step, mean, std, score, length, args.eval_episodes, seconds])
+            lines = [",".join(map(str, row)) for row in [EVAL_COLUMNS, *evaluations]]
+            (folder / "eval.csv").write_text("\n".join(lines) + "\n")
+            state = {
+                "agent": agent.state_dict(),
+                "step": step,
+                "evaluations": evaluations,
+                "seconds": seconds,
+            }
+            state |= {"generator": generator.get_state(), "device": device.type}
+            torch.save(state, folder / "checkpoint.tmp")
+            os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at every moment
+    bar.close()
+    writer.close()
+    column = "return_mean" if evaluations[-1][3] is None else "normalized_score"
+    last = [row[EVAL_COLUMNS.index(column)] for row in evaluations[-5:]]
+    print(f"{folder}: {column} {last[-1]:.1f}, mean of the last five {np.mean(last):.1f}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments = tyro.cli(Args)
+    try:
+        if arguments.resume:  # other flags change that run's arguments
+            arguments = tyro.cli(Args, default=read_args(arguments.resume))
+        main(arguments)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.13.0", "numpy>=2.0", "gymnasium[mujoco]>=1.4,<2", "gymnasium-robotics>=1.4.2,<2",
+#   "minari[hdf5,hf]>=0.5.4,<0.6", "tyro>=1.0", "tensorboard>=2.20", "h5py>=3.8", "tqdm>=4.66", "pillow",
+# ]
+# ///
