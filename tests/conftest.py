@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 
 def d4rl_arrays(n=600, state_dim=11, action_dim=3, seed=0):
-    """Random rows in D4RL's schema with Hopper's shapes, with terminals and timeouts that exclude each other."""
+    """Random rows in D4RL's schema with Hopper's shapes; terminals and timeouts exclude each other."""
     rng = np.random.default_rng(seed)
     end = rng.random(n)
     return {
@@ -44,23 +44,18 @@ def hopper_file(tmp_path):
 
 
 def float64_agent(script, *args):
-    """script.Agent(*args) with parameters and optimisers in float64."""
-    agent = script.Agent(*args).double()
-    for optimizer in agent.optimizers:
-        optimizer.m, optimizer.v = ([x.double() for x in moments] for moments in (optimizer.m, optimizer.v))
-        optimizer.step, optimizer.learning_rate = (optimizer.m[0].new_tensor(x) for x in (0.0, args[2].learning_rate))
-    return agent
+    """script.Agent(*args) with parameters and optimizers in float64."""
+    return script.Agent(*args).double()
 
 
 @pytest.fixture
 def kept_gradients(monkeypatch):
-    """Adam takes no gradient from p.grad, but with this fixture what it is given stays there to be looked at."""
+    """Adam takes no gradient from p.grad, but with this fixture what it is given stays there to be seen."""
     for script in (dmg_offline, dmg_finetune, iql, td3bc):
 
         def keep(self, loss, minimise=script.Adam.minimise):
-            for p, g in zip(
-                self.parameters, torch.autograd.grad(loss, self.parameters, retain_graph=True), strict=True
-            ):
+            gradients = torch.autograd.grad(loss, self.net_parameters, retain_graph=True)
+            for p, g in zip(self.net_parameters, gradients, strict=True):
                 p.grad = g
             minimise(self, loss)
 
