@@ -297,9 +297,8 @@ def read_hdf5(path):
     if not timeouts.any():
         advice = "set timeouts to 1 in the last row of each episode that a time limit ended"
         print(f"Warning: {path} marks no timeouts, so rows of two episodes may be joined: {advice}")
-    differs = (
-        (np.abs(stored - next_s) > 1e-4).reshape(len(kept), -1).any(1) & kept & (terminals.reshape(-1) != 1)
-    )
+    differs = np.abs(stored - next_s).reshape(len(kept), -1).max(1) > 1e-4
+    differs &= kept & (terminals.reshape(-1) != 1)
     if 2 * differs.sum() > kept.sum():
         raise InputError(f"{path} is not in the order of time: next_observations are not the next rows'")
     if differs.any():
@@ -343,13 +342,16 @@ def open_minari(env_id):
 
 def read_minari(env_id, space):
     """As read_hdf5, but every row has a next one. Observations are flattened as by FlattenObservation."""
-    episodes = []
-    for x in open_minari(env_id):
-        try:
+    source, episodes = open_minari(env_id), []
+    try:
+        for x in source:
             s = np.stack([flatten(space, observation) for observation in iterate(space, x.observations)])
-        except TypeError as error:
-            raise InputError(f"the observations of {env_id} cannot be used: {error}") from error
-        episodes.append((s[:-1], x.actions, x.rewards, x.terminations, x.truncations, s[1:]))
+            episodes.append((s[:-1], x.actions, x.rewards, x.terminations, x.truncations, s[1:]))
+    except TypeError as error:  # of iterate, which names the space
+        raise InputError(f"the observations of {env_id} cannot be used: {error}") from error
+    except (OSError, KeyError) as error:
+        folder = source.storage.data_path
+        raise InputError(f"{env_id} is incomplete ({error}): delete {folder} and try again") from error
     columns = [np.concatenate(column) for column in zip(*episodes, strict=True)]
     return columns, np.ones(len(columns[1]), bool)
 
@@ -504,9 +506,7 @@ def make_env(args, render_mode=None):
     except gym.error.Error as error:
         raise InputError(f"cannot make the environment of {args.env_id}: {error}") from error
     if not family and env.spec.max_episode_steps is None:
-        warnings.warn(
-            f"{args.env_id} has no time limit: its episodes are ended after 1000 steps", stacklevel=1
-        )
+        warnings.warn(f"{args.env_id} has no time limit, 1000 steps are taken", stacklevel=1)
         env = TimeLimit(env, 1000)
     space, box = spaces = env.observation_space, env.action_space
     if not isinstance(box, Box) or len(box.shape) != 1 or not box.is_bounded():
@@ -715,7 +715,7 @@ def main(args):
                 writer.add_scalar("eval/diverged", 1, step)
                 writer.close()
                 print(
-                    f"diverged at step {step:,}: {logs}. {folder} has the last good checkpoint.",
+                    f"diverged at step {step:,}, {folder} has the last good checkpoint: {logs}",
                     file=sys.stderr,
                 )
                 sys.exit(3)
@@ -736,22 +736,16 @@ def main(args):
             text = "" if score is None else f", score {score:.1f}"
             tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}{text}")
             if args.capture_video:
-                film = RecordVideo(
-                    make_env(args, "rgb_array"), f"{folder}/videos", name_prefix=f"step-{step}"
-                )
+                env = make_env(args, "rgb_array")
+                film = RecordVideo(env, f"{folder}/videos", name_prefix=f"step-{step}")
                 evaluate(agent.act, [film], 1, eval_seed)
                 film.close()
             seconds = elapsed + time.time() - begun
             evaluations.append([step, mean, std, score, length, args.eval_episodes, seconds])
             lines = [",".join(map(str, row)) for row in [EVAL_COLUMNS, *evaluations]]
             (folder / "eval.csv").write_text("\n".join(lines) + "\n")
-            state = {
-                "agent": agent.state_dict(),
-                "step": step,
-                "evaluations": evaluations,
-                "seconds": seconds,
-            }
-            state |= {"generator": generator.get_state(), "device": device.type}
+            state = {"step": step, "evaluations": evaluations, "seconds": seconds, "device": device.type}
+            state |= {"agent": agent.state_dict(), "generator": generator.get_state()}
             torch.save(state, folder / "checkpoint.tmp")
             os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at every moment
     bar.close()
