@@ -419,26 +419,44 @@ def download_d4rl(env_id):
     return path
 
 
-def read_hdf5(path):
-    """COLUMNS of a file in D4RL's schema, and which rows have a next one. Raises InputError.
+def check_rows(name, columns, widths):
+    """COLUMNS as float32: (N, width), and (N,) for rewards, terminals and timeouts. Raises InputError."""
+    rows, (n, *_) = [], columns[0].shape or (0,)
+    for key, x, width in zip(COLUMNS, columns, widths, strict=True):
+        if x.shape != (n, width) and (x.shape != (n,) or width != 1):
+            raise InputError(f"{name} has {key} of shape {x.shape}; needed is {(n, width)}")
+        rows.append(x.astype(np.float32).reshape(n, width))
+        if not np.isfinite(rows[-1]).all():
+            advice = "mark the row before each as a timeout, then remove it"
+            raise InputError(f"{name} has NaN or infinite {key}: {advice}")
+    s, a, r, terminals, timeouts, next_s = rows
+    if not np.isin([terminals, timeouts], (0, 1)).all():
+        raise InputError(f"{name} has terminals or timeouts other than 0 and 1")
+    return s, a, r[:, 0], terminals[:, 0], timeouts[:, 0], next_s
+
+
+def read_hdf5(path, widths):
+    """`check_rows` of a file in D4RL's schema, and which rows have a next one, (N,). Raises InputError.
 
     As in d4rl.qlearning_dataset the next observation is that of the next row: the last row and rows at a
     timeout have none. A stored next_observations is only compared with it.
     """
     try:
         with h5py.File(path) as file:
-            s, a, r, terminals, timeouts = (file[name].astype(np.float32)[()] for name in COLUMNS[:5])
-            next_s = np.roll(s, -1, 0)
-            stored = file[COLUMNS[5]].astype(np.float32)[()] if COLUMNS[5] in file else next_s
+            columns = [file[name].astype(np.float32)[()] for name in COLUMNS[:5]]
+            stored = file.get(COLUMNS[5])
+            columns.append(np.roll(columns[0], -1, 0) if stored is None else stored.astype(np.float32)[()])
     except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         schema = "observations (N, o), actions (N, a), rewards, terminals, timeouts (N,)"
         raise InputError(f"cannot read {path} ({error}): D4RL's schema is {schema}") from error
-    kept = (timeouts.reshape(-1) != 1) & (np.arange(timeouts.size) < len(s) - 1)
+    s, a, r, terminals, timeouts, stored = check_rows(path, columns, widths)
+    next_s = np.roll(s, -1, 0)
+    kept = timeouts == 0
+    kept[-1:] = False
     if not timeouts.any():
         advice = "set timeouts to 1 in the last row of each episode that a time limit ended"
         print(f"Warning: {path} marks no timeouts, so rows of two episodes may be joined: {advice}")
-    differs = np.abs(stored - next_s).reshape(len(kept), -1).max(1) > 1e-4
-    differs &= kept & (terminals.reshape(-1) != 1)
+    differs = (np.abs(stored - next_s) > 1e-4).any(1) & kept & (terminals == 0)
     if 2 * differs.sum() > kept.sum():
         raise InputError(f"{path} is not in the order of time: next_observations are not the next rows'")
     if differs.any():
@@ -480,7 +498,7 @@ def open_minari(env_id):
     return source
 
 
-def read_minari(env_id, space):
+def read_minari(env_id, space, widths):
     """As read_hdf5, but every row has a next one. Observations are flattened as by FlattenObservation."""
     source, episodes = open_minari(env_id), []
     try:
@@ -493,7 +511,8 @@ def read_minari(env_id, space):
         folder = source.storage.data_path
         raise InputError(f"{env_id} is incomplete ({error}): delete {folder} and try again") from error
     columns = [np.concatenate(column) for column in zip(*episodes, strict=True)]
-    return columns, np.ones(len(columns[1]), bool)
+    rows = check_rows(env_id, columns, widths)
+    return rows, np.ones(len(rows[0]), bool)
 
 
 def load_dataset(args):
@@ -502,35 +521,26 @@ def load_dataset(args):
     AntMaze: reward 0 and terminal at the goal, -1 elsewhere (App. C.1).
     """
     space, box = make_env(args).recorded_spaces
+    widths = flatdim(space), *box.shape, 1, 1, 1, flatdim(space)
     name = args.dataset_path or args.env_id
     if args.dataset_path or name in D4RL_SHA256:
-        columns, kept = read_hdf5(args.dataset_path or download_d4rl(name))
+        rows, kept = read_hdf5(args.dataset_path or download_d4rl(name), widths)
     else:
-        columns, kept = read_minari(name, space)
-    n, widths = len(kept), (flatdim(space), *box.shape, 1, 1, 1, flatdim(space))
-    for key, x, width in zip(COLUMNS, columns, widths, strict=True):
-        if len(x) != n or x.size != n * width:
-            raise InputError(f"{name} has {key} of shape {x.shape}; needed is {(n, width)}")
-        if not np.isfinite(x.astype(np.float32)).all():
-            advice = "mark the row before each as a timeout, then remove it"
-            raise InputError(f"{name} has NaN or infinite {key}: {advice}")
-    s, a, r, terminated, timeouts, next_s = (x.astype(np.float32).reshape(n, -1) for x in columns)
-    r, terminated, timeouts = r[:, 0], terminated[:, 0], timeouts[:, 0]
+        rows, kept = read_minari(name, space, widths)
+    s, a, r, terminated, timeouts, next_s = rows
     a = ((a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)).astype(np.float32)
     if not kept.any():
         raise InputError(f"{name} has no transition")
     if np.abs(a).max() > 1 + 1e-3:
         raise InputError(f"{name} has actions outside the environment's {box.low} to {box.high}")
-    if not np.isin([terminated, timeouts], (0, 1)).all():
-        raise InputError(f"{name} has terminals or timeouts other than 0 and 1")
-    ends, raw = timeouts + terminated > 0, np.cumsum(r, dtype=np.float64)
+    ends, sums = timeouts + terminated > 0, np.cumsum(r, dtype=np.float64)
     if is_antmaze(args):
         if not np.isin(r, (0, 1)).all():
             raise InputError(f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere")
         ends = timeouts == 1  # a recorded episode goes on after its goal
         terminated = r
         r = r - 1
-    returns = np.diff(raw[ends], prepend=0)
+    returns = np.diff(sums[ends], prepend=0)
     s, a, r, next_s, terminated = (x[kept] for x in (s, a, r, next_s, terminated))
     print(
         f"{name}: {len(r):,} transitions, {len(returns):,} whole episodes, {terminated.sum():,.0f} terminals,"
