@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from minari.data_collector import EpisodeBuffer
 
-from dmg_offline import Args, evaluate, make_env, normalized_score, open_minari
+from dmg_offline import Args, evaluate, make_env, normalized_score
 
 
 def vector(make, num_envs):
@@ -18,11 +18,13 @@ def vector(make, num_envs):
 
 # ---- evaluate ----
 def act(observations):
-    return np.clip(observations[:, 2:5], -1, 1)  # element by element: a batch of 1 and of 10 give the same bits
+    return np.clip(
+        observations[:, 2:5], -1, 1
+    )  # element by element: a batch of 1 and of 10 give the same bits
 
 
 def hopper():
-    return make_env(Args(env_id="Hopper-v4", dataset_path="own.hdf5"), None)
+    return make_env(Args(env_id="Hopper-v4", dataset_path="own.hdf5"))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,13 @@ class SeedEnv(gym.Env):
     def step(self, action):
         self.t += 1
         over = self.t == self.length
-        return np.zeros(1, np.float32), self.reward, over and self.length % 2 == 0, over and self.length % 2 == 1, {}
+        return (
+            np.zeros(1, np.float32),
+            self.reward,
+            over and self.length % 2 == 0,
+            over and self.length % 2 == 1,
+            {},
+        )
 
 
 @pytest.mark.parametrize("num_envs, episodes", itertools.product([1, 2, 10], [1, 9, 10, 34, 100]))
@@ -99,11 +107,11 @@ class GoalUnderAnt(gym.Wrapper):
 def test_a_success_counts_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # Gymnasium-Robotics leaves its XML there
     args = Args(env_id="AntMaze_UMaze-v5", dataset_path="own.hdf5")
-    envs = vector(lambda: gym.wrappers.TimeLimit(GoalUnderAnt(make_env(args, None)), 5), 2)
+    envs = vector(lambda: gym.wrappers.TimeLimit(GoalUnderAnt(make_env(args)), 5), 2)
     returns, lengths = evaluate(lambda s: np.zeros((len(s), 8), np.float32), envs, 5, 0)
     np.testing.assert_array_equal(returns, [1, 0, 1, 0, 1])
     np.testing.assert_array_equal(lengths, [1, 5, 1, 5, 1])
-    np.testing.assert_array_equal(normalized_score(args, None, returns), [100, 0, 100, 0, 100])
+    assert normalized_score(args, returns.mean()) == pytest.approx(60)
 
 
 # ---- normalized_score ----
@@ -113,36 +121,40 @@ def test_a_success_counts_once(tmp_path, monkeypatch):
         ("halfcheetah-medium-v2", 5927.4105235, 50),
         ("halfcheetah-random-v2", -280.178953, 0),
         ("hopper-medium-replay-v2", 3234.3, 100),
+        ("hopper-full-replay-v2", -20.272305, 0),
         ("hopper-expert-v2", 1607.0138475, 50),
         ("walker2d-medium-expert-v2", 2296.964504, 50),
         ("walker2d-medium-v2", -4589.041984, -100),
-        ("HalfCheetah-v5", 12135.0, 100),
-        ("Hopper-v4", -20.272305, 0),
-        ("Walker2d-v5", 6887.635496, 150),
         ("antmaze-umaze-v2", 1, 100),
-        ("antmaze-large-diverse-v2", 0, 0),
+        ("antmaze-large-diverse-v2", 0.25, 25),
         ("AntMaze_Large-v5", 1, 100),
-        ("Pendulum-v1", -123.5, -123.5),
-        ("Ant-v5", 4000, 4000),
+        ("HalfCheetah-v5", 12135.0, None),
+        ("Hopper-v4", 3234.3, None),
+        ("Pendulum-v1", -123.5, None),
     ],
 )
-def test_normalized_score(env_id, raw, score):
-    found = normalized_score(Args(env_id=env_id, dataset_path="own.hdf5"), None, np.array([raw, raw]))
-    np.testing.assert_allclose(found, [score, score], rtol=1e-9, atol=1e-9)
+def test_d4rls_references_are_for_d4rls_names_only(env_id, raw, score):
+    found = normalized_score(Args(env_id=env_id, dataset_path="own.hdf5"), raw)
+    assert found is None if score is None else found == pytest.approx(score, abs=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:.*is set to None")  # Minari asks for an author and the like
+@pytest.mark.filterwarnings("ignore:.*(is set to None|env_spec is None)")  # Minari asks for an author
 @pytest.mark.parametrize(
     "dataset_id, env_id, references, raw, score",
     [
         ("test/pendulum-v0", "Pendulum-v1", {"ref_min_score": -1000, "ref_max_score": -200}, -400, 75),
-        ("test/pendulum-v0", "Pendulum-v1", {}, -400, -400),
-        ("test/hopper-v0", "Hopper-v5", {"ref_min_score": 10, "ref_max_score": 110}, 35, 25),  # its own, not D4RL's
-        ("test/robot-v0", "Hopper-v5", {}, 1607.0138475, 50),
+        ("test/hopper-v0", "Hopper-v5", {"ref_min_score": 10, "ref_max_score": 110}, 35, 25),
+        ("test/hopper-v0", "Hopper-v5", {}, 1607.0138475, None),
+        pytest.param(
+            *("test/pendulum-v0", "Pendulum-v1", {"ref_max_score": -200}, -400, None),
+            marks=pytest.mark.xfail(reason="TypeError with one reference alone", strict=True),
+        ),
         ("test/antmaze-v0", "AntMaze_UMaze-v5", {"ref_min_score": 0.2, "ref_max_score": 0.7}, 1, 100),
     ],
 )
-def test_normalized_score_of_a_minari_dataset(dataset_id, env_id, references, raw, score, tmp_path, monkeypatch):
+def test_a_minari_dataset_has_its_own_references(
+    dataset_id, env_id, references, raw, score, tmp_path, monkeypatch
+):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     import gymnasium_robotics  # noqa: F401
@@ -156,21 +168,5 @@ def test_normalized_score_of_a_minari_dataset(dataset_id, env_id, references, ra
         observations=observations, actions=zero[None], rewards=[0.0], terminations=[False], truncations=[True]
     )
     minari.create_dataset_from_buffers(dataset_id, [episode], env=env_id, **references)
-    args = Args(env_id=dataset_id)
-    found = normalized_score(args, open_minari(args), np.array([raw, raw]))
-    np.testing.assert_allclose(found, [score, score], rtol=1e-9)
-
-
-@pytest.mark.filterwarnings("ignore:.*is set to None")
-def test_normalized_score_of_a_minari_dataset_that_records_only_its_evaluation_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    env = gym.make("Hopper-v5")
-    observations = np.zeros((2, *env.observation_space.shape))
-    episode = EpisodeBuffer(
-        observations=observations, actions=np.zeros((1, 3)), rewards=[0.0], terminations=[False], truncations=[True]
-    )
-    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
-    minari.create_dataset_from_buffers("test/only-eval-v0", [episode], env=None, eval_env="Hopper-v5", **spaces)
-    args = Args(env_id="test/only-eval-v0")
-    found = normalized_score(args, open_minari(args), np.array([1607.0138475]))
-    np.testing.assert_allclose(found, [50], rtol=1e-9)
+    found = normalized_score(Args(env_id=dataset_id), raw)
+    assert found is None if score is None else found == pytest.approx(score, rel=1e-9)
