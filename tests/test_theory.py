@@ -1,4 +1,4 @@
-"""Theorems 2 to 4 of the paper on random tabular MDPs. Each check is a function that must fail on wrong versions."""
+"""Theorems 2 to 4 of the paper on random tabular MDPs. Each check must fail on wrong versions."""
 
 from functools import partial
 from itertools import pairwise
@@ -7,16 +7,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-MDPS, STATES, STEPS, K0 = 100, 6, 40, 2.0
+MDPS, STATES, STEPS, K0 = 40, 6, 40, 2.0
 LAMS, GAMMAS = (0.0, 0.25, 0.5, 1.0), (0.5, 0.9, 0.99)
-OWNER = np.array([0, 1, 2, 0, 0, 1, 1, 2, 2])  # columns: three dataset actions, then two mild ones around each
+OWNER = np.array(
+    [0, 1, 2, 0, 0, 1, 1, 2, 2]
+)  # columns: three dataset actions, then two mild ones around each
 
 
 def random_mdps(seed=0, most=3, exact=False):
-    """1 to `most` dataset actions a state, two mild ones at radius <= eps (== eps if `exact`) of each: Eq. 5."""
+    """1 to `most` dataset actions a state, two mild ones within eps (`exact`: at eps) of each (Eq. 5)."""
     rng = np.random.default_rng(seed)
     eps = rng.uniform(0.01, 0.5, (MDPS, 1, 1))
-    angle, radius = rng.uniform(0, 2 * np.pi, (MDPS, STATES, 6)), eps * (1 if exact else rng.random((MDPS, STATES, 6)))
+    angle, radius = (
+        rng.uniform(0, 2 * np.pi, (MDPS, STATES, 6)),
+        eps * (1 if exact else rng.random((MDPS, STATES, 6))),
+    )
     x = rng.uniform(-1, 1, (MDPS, STATES, 3, 2))[:, :, OWNER]
     x[:, :, 3:] += radius[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
     mild = rng.integers(1, most + 1, (MDPS, STATES, 1)) > OWNER  # false: the column is unused
@@ -53,7 +58,9 @@ WRONG = {
     "lam swapped": lambda m, q, lam, g: dmg(m, q, 1 - lam, g),
     "weights lam, 1": lambda m, q, lam, g: back_up(m, lam * best(q, m.mild) + best(q, m.data), g),
     "weights -lam, 1+lam": lambda m, q, lam, g: dmg(m, q, -lam, g),
-    "mild without data": lambda m, q, lam, g: back_up(m, lam * best(q, m.off) + (1 - lam) * best(q, m.data), g),
+    "mild without data": lambda m, q, lam, g: back_up(
+        m, lam * best(q, m.off) + (1 - lam) * best(q, m.data), g
+    ),
     "mild minimum": lambda m, q, lam, g: back_up(m, (1 - lam) * best(q, m.data) - lam * best(-q, m.mild), g),
     "no reward": lambda m, q, lam, g: dmg(m, q, lam, g) - m.r,
 }
@@ -129,14 +136,17 @@ def check_order(operator, gamma):
 
 
 def greedy(q, area, gamma):
-    """The policy that is greedy in q within the area: q at its actions, and its true value (I - gamma P)^-1 R."""
+    """Of the policy that is greedy in q within the area: q, and the true value (I - gamma P)^-1 R."""
     pi = np.where(getattr(RANDOM, area), q, -np.inf).argmax(-1)[..., None]
     r, p = np.take_along_axis(RANDOM.r, pi, 2), np.take_along_axis(RANDOM.p, pi[..., None], 2)[:, :, 0]
     return np.take_along_axis(q, pi, 2)[..., 0], np.linalg.solve(np.eye(STATES) - gamma * p, r)[..., 0]
 
 
 def check_performance(operator, gamma, dmg_area="mild", in_sample_area="data"):
-    """Theorem 3: V^pi_DMG >= Q*_lam(s, pi_DMG(s)) >= V^pi_In. The paper's proof has = first: true at lam = 1 only."""
+    """Theorem 3: V^pi_DMG >= Q*_lam(s, pi_DMG(s)) >= V^pi_In.
+
+    The paper's proof has = in the first place, which is true for lam = 1 only.
+    """
     stars = [fixed_point(operator, lam, gamma, np.zeros_like(RANDOM.r)) for lam in LAMS]
     for lower, higher in pairwise(stars):
         assert (higher >= lower - 1e-10)[RANDOM.mild].all()
@@ -184,7 +194,9 @@ def overestimation(m, operator, limit, lam, gamma, fill, start=0.0, slopes="mild
     k_q, gaps = np.zeros(MDPS), []
     for _ in range(STEPS):
         q = np.where(m.data, q, fill(m, q, rng))
-        k_q = np.maximum(k_q, (abs(q[:, :, None] - q[..., None]) / run).max((1, 2, 3)))  # a nominal K need not hold
+        k_q = np.maximum(
+            k_q, (abs(q[:, :, None] - q[..., None]) / run).max((1, 2, 3))
+        )  # a nominal K need not hold
         q, q_in = operator(m, q, lam, gamma), operator(m, q_in, 0.0, gamma)
         gaps.append(np.where(m.data, q - q_in, 0))
     return np.array(gaps), limit(lam, m.eps, k_q, gamma, np.arange(1, STEPS + 1)[:, None])[..., None, None]
@@ -201,7 +213,7 @@ def check_overestimation(operator, gamma, fill, slopes="mild"):
 
 
 def check_tight(operator, gamma, limit=bound):
-    """Theorem 4 with equality: one dataset action a state, mild ones exactly eps away that look K0 eps better."""
+    """Theorem 4 with equality: one dataset action a state, mild ones eps away that look K0 eps better."""
     for lam in LAMS:
         gap, exact = overestimation(TIGHT, operator, limit, lam, gamma, mcshane)
         assert (abs(gap - exact) <= 1e-12)[:, TIGHT.data].all()
@@ -219,7 +231,9 @@ CHECKS = {  # each with wrong operators that it notices
     "pessimistic": (partial(check_overestimation, fill=pessimistic), ["mild without data", "mild minimum"]),
     "tight": (check_tight, [name for name in WRONG if name not in ("mild without data", "no reward")]),
 }
-MISTAKES = {f"{name}: {wrong}": partial(c, WRONG[wrong]) for name, (c, wrongs) in CHECKS.items() for wrong in wrongs}
+MISTAKES = {
+    f"{name}: {wrong}": partial(c, WRONG[wrong]) for name, (c, wrongs) in CHECKS.items() for wrong in wrongs
+}
 MISTAKES |= {f"bound: {name}": partial(check_tight, dmg, limit=limit) for name, limit in WRONG_BOUNDS.items()}
 MISTAKES |= {
     "slopes among dataset actions only": partial(check_overestimation, dmg, fill=nearest, slopes="data"),

@@ -1,35 +1,39 @@
 """One iteration of Algorithm 1 against an independent float64 computation with plain functions."""
 
 import copy
+import functools
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import float64_agent
-from torch.utils._python_dispatch import TorchDispatchMode
 
+import dmg_finetune
 import dmg_offline
-from dmg_offline import Agent, Args, Batch, resolve, update
+import iql
+import td3bc
+from dmg_offline import Adam, Agent, Args, Batch, update
 
 pytestmark = pytest.mark.usefixtures("kept_gradients")
 STATE, ACTION, BATCH = 5, 3, 16
-ARGS = resolve(Args(env_id="hopper-medium-v2", gradient_steps=100))
+close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-8)
+ARGS = Args(env_id="hopper-medium-v2", gradient_steps=100)
 
 
-def make_agent(args=ARGS, seed=0):
-    """A float64 agent whose targets differ from its networks, as they do in the middle of training."""
-    torch.manual_seed(seed)
-    agent = float64_agent(dmg_offline, STATE, ACTION, args)
-    for target in (agent.actor_target, agent.critic_target):
-        for p in target.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    for critic in (agent.critic, agent.critic_target):  # neither twin is the smaller one everywhere
-        critic.net[-1].weight.data.mul_(10)
-        critic.net[-1].bias.data.zero_()
+def make_agent(script, args, scale=10):
+    """A float64 agent in mid-training: biases, norms and targets moved; Q of size `scale`, twins crossing."""
+    torch.manual_seed(0)
+    agent = float64_agent(script, STATE, ACTION, args)
+    for name in ("actor_optimizer", "critic_optimizer", "value_optimizer"):
+        if hasattr(agent, name):
+            getattr(agent, name).learning_rate.fill_(args.learning_rate)  # not rounded to float32
+    for p in agent.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
     batch, _ = make_batch()
     for critic in (agent.critic, agent.critic_target):
-        smaller = critic(batch.observations, batch.actions).argmin(0)
-        assert 0 < smaller.sum() < BATCH
+        critic.net[-1].weight.data.mul_(scale)
+        critic.net[-1].bias.data.sub_(critic(batch.observations, batch.actions).mean(1)[:, None, None])
     return agent
 
 
@@ -38,7 +42,11 @@ def make_batch(seed=1):
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     terminated = (torch.arange(BATCH) % 4 == 0).double()
     batch = Batch(
-        normal(BATCH, STATE), normal(BATCH, ACTION).tanh(), 3 * normal(BATCH), normal(BATCH, STATE), terminated
+        normal(BATCH, STATE),
+        normal(BATCH, ACTION).tanh(),
+        3 * normal(BATCH),
+        normal(BATCH, STATE),
+        terminated,
     )
     return batch, 2 * normal(BATCH, ACTION)
 
@@ -49,7 +57,7 @@ def forward(weights, x):
 
 
 def plain(net):
-    return [(layer.weight.T, layer.bias) for layer in net if hasattr(layer, "weight")]
+    return [(layer.weight.T, layer.bias[0]) for layer in net if hasattr(layer, "weight")]
 
 
 def twin(critic, k):
@@ -61,154 +69,137 @@ def q_values(critic, s, a):
     return [forward(twin(critic, k), x)[:, 0] for k in (0, 1)]
 
 
-def reference_update(agent, batch, noise, args, update_actor):
-    """Equations 15, 16, 14 one after another, sample by sample where it matters; returns losses and gradients."""
-    s, a, r, s2, terminated = batch
-    adam = lambda net: torch.optim.Adam(net.parameters(), lr=args.learning_rate, fused=False, foreach=False)  # noqa: E731
-    optimizers = agent.__dict__.setdefault("reference", [adam(n) for n in (agent.value, agent.critic, agent.actor)])
-    out = {}
-
-    def step(name, loss, net, optimizer):
-        agent.zero_grad(set_to_none=True)
-        loss.backward()
-        out[name] = loss.item(), [p.grad.clone() for p in net.parameters()]
-        optimizer.step()
-
-    target_q = torch.minimum(*q_values(agent.critic_target, s, a)).detach()
-    u = target_q - forward(plain(agent.value), s)[:, 0]
-    weight = torch.where(u > 0, args.expectile * torch.ones_like(u), (1 - args.expectile) * torch.ones_like(u))
-    step("value", (weight * u**2).sum() / BATCH, agent.value, optimizers[0])
-
-    v2 = forward(plain(agent.value), s2)[:, 0].detach()
-    a2 = forward(plain(agent.actor_target), s2).tanh()
-    a2 = torch.clamp(a2 + torch.clamp(args.policy_noise * noise, -args.noise_clip, args.noise_clip), -1, 1)
-    q2 = torch.minimum(*q_values(agent.critic_target, s2, a2)).detach()
-    y = [
-        r[i] + (0 if terminated[i] else args.gamma * (args.lam * q2[i] + (1 - args.lam) * v2[i])) for i in range(BATCH)
-    ]
-    q1, q2 = q_values(agent.critic, s, a)
-    step("critic", F.mse_loss(q1, torch.stack(y)) + F.mse_loss(q2, torch.stack(y)), agent.critic, optimizers[1])
-
-    if update_actor:
-        pi = forward(plain(agent.actor), s).tanh()
-        q = torch.minimum(*q_values(agent.critic, s, pi))
-        v = forward(plain(agent.value), s)[:, 0].detach()
-        w = [
-            min(torch.exp(args.inverse_temperature * (target_q[i] - v[i])).item(), args.max_weight)
-            for i in range(BATCH)
-        ]
-        penalty = sum(w[i] * ((pi[i] - a[i]) ** 2).mean() for i in range(BATCH)) / BATCH
-        step("actor", -q.mean() / q.detach().abs().mean() + args.nu * penalty, agent.actor, optimizers[2])
-        with torch.no_grad():
-            for net, target in ((agent.critic, agent.critic_target), (agent.actor, agent.actor_target)):
-                for p, t in zip(net.parameters(), target.parameters(), strict=True):
-                    t.copy_(args.target_update_rate * p + (1 - args.target_update_rate) * t)
-    return out
+def hand_step(agent, name, loss):
+    """A step of an Adam of this test's own on the network `name`: its loss and gradients."""
+    parameters = list(getattr(agent, name).parameters())
+    adams = agent.__dict__.setdefault("adams", {})
+    adam = adams.setdefault(name, torch.optim.Adam(parameters, lr=3e-4, fused=False, foreach=False))
+    gradients = torch.autograd.grad(loss, parameters)
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = g
+    adam.step()
+    return loss.item(), gradients
 
 
-@pytest.mark.parametrize("env_id", ["hopper-medium-v2", "hopper-expert-v2", "antmaze-umaze-v2"])
-def test_losses_gradients_and_networks_equal_the_reference(env_id):
-    args = resolve(Args(env_id=env_id, gradient_steps=100))
-    agent = make_agent(args)
+def hand_polyak(*nets):
+    for net, target in nets:
+        for p, t in zip(net.parameters(), target.parameters(), strict=True):
+            t.data.copy_(0.005 * p + 0.995 * t)
+
+
+def assert_same_step(agent, metrics, reference, expected):
+    assert {name[:-5] for name in metrics if name.endswith("_loss")} - {"bc"} == expected.keys()
+    for name, (loss, gradients) in expected.items():
+        assert metrics[f"{name}_loss"].item() == pytest.approx(loss, rel=1e-8), name
+        for p, g in zip(getattr(agent, name).parameters(), gradients, strict=True):
+            close(p.grad, g, atol=1e-6 * g.abs().max().item())
+    for (name, p), q in zip(agent.named_parameters(), reference.parameters(), strict=True):
+        close(p, q, msg=lambda text, at=name: f"{at}: {text}")
+
+
+def crossed(x, at):
+    """x, some but not all of which lies above `at`: the test would not see this bound otherwise."""
+    assert 0 < (x > at).sum() < x.numel()
+    return x
+
+
+OTHERS = {"lam": 0.6, "nu": 0.7, "gamma": 0.9, "policy_noise": 0.3, "noise_clip": 0.4, "expectile": 0.8}
+
+
+@pytest.mark.parametrize("lam, nu, tau, alpha, most, gamma, noise_of, clip, settings", [
+    (0.25, 0.1, 0.7, 3, 3, 0.99, 0.2, 0.5, {"env_id": "hopper-medium-v2"}),
+    (0.25, 10, 0.7, 3, 3, 0.99, 0.2, 0.5, {"env_id": "hopper-expert-v2"}),
+    (0.25, 0.5, 0.9, 10, 100, 0.99, 0.2, 0.5, {"env_id": "antmaze-umaze-v2"}),
+    (0.6, 0.7, 0.8, 3, 3, 0.9, 0.3, 0.4, OTHERS),
+])  # fmt: skip
+def test_dmgs_update_is_the_published_one(lam, nu, tau, alpha, most, gamma, noise_of, clip, settings):
+    """Equations 15, 16, 14 in turn."""
+    args = Args(**settings)
+    agent = make_agent(dmg_offline, args)
+    agent.actor_target[-2].weight.data.mul_(20)  # actions near the bounds
     reference = copy.deepcopy(agent)
-    for step in range(1, 5):
-        batch, noise = make_batch(step)
-        metrics = update(agent, batch, noise, args, update_actor=step % 2 == 0)
-        expected = reference_update(reference, batch, noise, args, update_actor=step % 2 == 0)
-        for name, (loss, gradients) in expected.items():
-            assert metrics[f"{name}_loss"].item() == pytest.approx(loss, rel=1e-8), (step, name)
-            for p, g in zip(getattr(agent, name).parameters(), gradients, strict=True):
-                torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9)
-        for (name, p), q in zip(agent.named_parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8, msg=lambda text, at=(step, name): f"{at}: {text}")
+    for k in range(1, 5):
+        (s, a, r, s2, terminated), noise = batch, noise = make_batch(k)
+        metrics, expected = update(agent, batch, noise, args, update_actor=k % 2 == 0), {}
+        target_q = torch.minimum(*q_values(reference.critic_target, s, a)).detach()
+        u = crossed(target_q - forward(plain(reference.value), s)[:, 0], 0)
+        loss = torch.where(u > 0, tau * u**2, (1 - tau) * u**2).mean()
+        expected["value"] = hand_step(reference, "value", loss)
+
+        v2 = forward(plain(reference.value), s2)[:, 0].detach()
+        a2 = forward(plain(reference.actor_target), s2).tanh()
+        a2 = crossed(a2 + crossed(noise_of * noise, clip).clamp(-clip, clip), 1).clamp(-1, 1)
+        q2 = torch.minimum(*q_values(reference.critic_target, s2, a2)).detach()
+        y = torch.where(terminated == 1, r, r + gamma * (lam * q2 + (1 - lam) * v2))
+        loss = sum(F.mse_loss(q, y) for q in q_values(reference.critic, s, a))
+        expected["critic"] = hand_step(reference, "critic", loss)
+        if k % 2 == 0:  # in the other steps actor and targets stand still
+            pi = forward(plain(reference.actor), s).tanh()
+            q = torch.minimum(*q_values(reference.critic, s, pi))
+            u = target_q - forward(plain(reference.value), s)[:, 0].detach()
+            weight = crossed((alpha * u).exp(), most).clamp(max=most)
+            loss = nu * (weight[:, None] * (pi - a) ** 2).mean() - q.mean() / q.detach().abs().mean()
+            expected["actor"] = hand_step(reference, "actor", loss)
+            hand_polyak(
+                (reference.critic, reference.critic_target), (reference.actor, reference.actor_target)
+            )
+        assert_same_step(agent, metrics, reference, expected)
 
 
-def critic_loss(batch, noise, **changes):
-    args = resolve(Args(env_id="hopper-medium-v2", **changes))
-    return update(make_agent(args), batch, noise, args, update_actor=False)["critic_loss"].item()
+@pytest.mark.parametrize("script", [dmg_offline, dmg_finetune, iql, td3bc])
+def test_twin_critics_share_nothing(script):
+    agent, (batch, _) = script.Agent(STATE, ACTION, script.Args()), make_batch()
+    s, a = batch.observations.float(), batch.actions.float()
+    parameters = list(agent.critic.parameters())
+    for k in (0, 1):
+        for g in torch.autograd.grad(agent.critic(s, a)[k].sum(), parameters):
+            assert g.shape[0] == 2 and g[k].any() and not g[1 - k].any()
 
 
-def test_target_is_the_bare_reward_where_terminated_and_bootstraps_elsewhere():
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_adam_is_torchs_over_50_steps(dtype, tolerance):
+    """Also with gradients of very different sizes, with zeros, and with a learning rate that changes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    twin, x = copy.deepcopy(net), torch.randn(9, 7, dtype=dtype)
+    own, torchs = Adam(net, 1e-3).to(dtype), torch.optim.Adam(twin.parameters(), lr=1e-3)
+
+    def loss(net, k):
+        return 10.0 ** (k % 7 - 5) * (net(x * (k % 3)) - 1).square().sum()
+
+    for k in range(50):
+        torchs.param_groups[0]["lr"] = 1e-3 * (1 + k % 4)
+        own.learning_rate.fill_(1e-3 * (1 + k % 4))
+        own.minimise(loss(net, k))
+        torchs.zero_grad()
+        loss(twin, k).backward()
+        torchs.step()
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+    parameters = list(twin.parameters())
+    for moment, name in ((own.m, "exp_avg"), (own.v, "exp_avg_sq")):
+        theirs = torch.cat([torchs.state[p][name].flatten() for p in parameters])
+        torch.testing.assert_close(moment, theirs, rtol=100 * tolerance, atol=0)
+    assert own.step == 50
+
+
+def test_optimizers_are_saved_with_the_agent_and_are_no_parameters():
+    agent = Agent(STATE, ACTION, ARGS)
+    nets = (agent.actor, agent.critic, agent.value, agent.actor_target, agent.critic_target)
+    assert {id(p) for p in agent.parameters()} == {id(p) for net in nets for p in net.parameters()}
+    saved = {name for name in agent.state_dict() if "optimizer" in name}
+    buffers = ("m", "v", "step", "learning_rate")
+    nets = ("actor", "critic", "value")
+    assert saved == {f"{net}_optimizer.{name}" for net in nets for name in buffers}
+
+
+def test_a_copied_agent_trains_its_own_networks():
     batch, noise = make_batch()
-    moved = batch._replace(next_observations=batch.next_observations + 1)
-    ended, running = torch.ones(BATCH).double(), torch.zeros(BATCH).double()
-    assert critic_loss(batch._replace(terminated=ended), noise) == critic_loss(moved._replace(terminated=ended), noise)
-    assert critic_loss(batch._replace(terminated=running), noise) != critic_loss(
-        moved._replace(terminated=running), noise
-    )
-    q = make_agent().critic(batch.observations, batch.actions).detach()
-    expected = sum(F.mse_loss(x, batch.rewards) for x in q).item()
-    assert critic_loss(batch._replace(terminated=ended), noise) == pytest.approx(expected, rel=1e-12)
-
-
-def test_lam_0_ignores_the_actor_and_lam_1_ignores_v():
-    batch, noise = make_batch()
-    assert critic_loss(batch, noise, lam=0.0) == critic_loss(batch, 0 * noise, lam=0.0)
-    assert critic_loss(batch, noise, lam=0.25) != critic_loss(batch, 0 * noise, lam=0.25)
-    assert critic_loss(batch, noise, lam=1.0, expectile=0.7) == critic_loss(batch, noise, lam=1.0, expectile=0.9)
-    assert critic_loss(batch, noise, lam=0.25, expectile=0.7) != critic_loss(batch, noise, lam=0.25, expectile=0.9)
-
-
-def test_smoothing_noise_is_scaled_then_clipped_and_drawn_for_each_action_dimension():
-    batch, noise = make_batch()
-    ones = torch.ones_like(noise)
-    clipped = critic_loss(batch, 2.5 * ones, lam=1.0)  # 2.5 * 0.2 is the clip of 0.5
-    assert clipped == critic_loss(batch, 9 * ones, lam=1.0)
-    assert clipped != critic_loss(batch, 2.4 * ones, lam=1.0)
-    assert critic_loss(batch, ones, lam=1.0) == critic_loss(batch, 2 * ones, lam=1.0, policy_noise=0.1)
-    one_dimension = torch.cat([ones[:, :1], 0 * ones[:, 1:]], 1)
-    assert critic_loss(batch, one_dimension, lam=1.0) != critic_loss(batch, ones, lam=1.0)
-
-
-def test_smoothed_action_stays_within_the_action_range():
-    batch, noise = make_batch()
-    agent = make_agent()
-    seen = []
-    agent.critic_target.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
-    with torch.no_grad():
-        agent.actor_target[-2].bias.fill_(5.0)  # tanh is all but 1
-    update(agent, batch, noise.abs(), ARGS, update_actor=False)
-    assert seen[1].max() == 1.0
-
-
-def test_targets_and_actor_move_only_on_actor_steps_and_targets_by_the_polyak_rate():
-    batch, noise = make_batch()
-    agent = make_agent()
-    slow = (agent.actor, agent.actor_target, agent.critic_target)
-    before = [copy.deepcopy(net) for net in slow]
-    update(agent, batch, noise, ARGS, update_actor=False)
-    for net, old in zip(slow, before, strict=True):
-        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), old.parameters(), strict=True))
-    update(agent, batch, noise, ARGS, update_actor=True)
-    assert not torch.equal(agent.actor[0].weight, before[0][0].weight)
-    for net, target, old in ((agent.actor, slow[1], before[1]), (agent.critic, slow[2], before[2])):
-        for p, t, o in zip(net.parameters(), target.parameters(), old.parameters(), strict=True):
-            torch.testing.assert_close(t, 0.995 * o + 0.005 * p, rtol=1e-12, atol=1e-14)
-
-
-def test_the_schedule_moves_the_actor_alone():
-    batch, noise = make_batch()
-    agent = make_agent()
-    before = copy.deepcopy(agent)
-    agent.actor_optimizer.learning_rate.fill_(0.0)
-    update(agent, batch, noise, ARGS, update_actor=True)
-    assert torch.equal(agent.actor[0].weight, before.actor[0].weight)
-    assert not torch.equal(agent.critic.net[0].weight, before.critic.net[0].weight)
-    assert not torch.equal(agent.value[0].weight, before.value[0].weight)
-
-
-class ForbidHostReads(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
-        return func(*args, **(kwargs or {}))
-
-
-def test_update_never_reads_a_tensor_back_to_the_host():
-    batch, noise = make_batch()
-    agent = make_agent()
-    update(agent, batch, noise, ARGS, update_actor=True)  # Adam's states are made in the first step
-    with ForbidHostReads():
-        update(agent, batch, noise, ARGS, update_actor=True)
+    agent = make_agent(dmg_offline, ARGS)
+    before, twin = copy.deepcopy(agent.state_dict()), copy.deepcopy(agent)
+    update(twin, batch, noise, ARGS, update_actor=True)
+    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
+    assert not torch.equal(twin.actor[0].weight, agent.actor[0].weight)
 
 
 def test_initialisation_is_that_of_torch_linear_for_both_critics_and_they_differ():
