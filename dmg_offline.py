@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -32,7 +33,7 @@ import torch
 import torch.nn as nn
 import tyro
 from gymnasium.envs.mujoco import MujocoEnv
-from gymnasium.spaces import Box, flatdim, flatten
+from gymnasium.spaces import Box, flatten
 from gymnasium.vector.utils import iterate
 from gymnasium.wrappers import FlattenObservation, RecordVideo, RescaleAction, TimeLimit
 from torch.utils.tensorboard import SummaryWriter
@@ -202,9 +203,7 @@ class Agent(nn.Module):
 
     def normalise(self, observations):
         """Observations of the environment as the networks see them, both (n, state_dim)."""
-        return (
-            torch.as_tensor(observations, dtype=torch.float32, device=self.mean.device) - self.mean
-        ) / self.std
+        return (torch.as_tensor(observations).to(self.mean) - self.mean) / self.std
 
     @torch.no_grad()
     def act(self, observations):
@@ -267,7 +266,9 @@ def actor_learning_rate(step, args):
 
 # ---- shared by all scripts: data ----
 UNIT_INTERVAL = "lam", "lam_end", "expectile", "gamma", "gamma_online", "target_update_rate"
-COUNTS = "gradient_steps", "batch_size", "policy_frequency", "eval_frequency", "eval_episodes"
+AT_LEAST_1 = (
+    "gradient_steps", "batch_size", "policy_frequency", "eval_frequency", "eval_episodes", "max_weight"
+)  # fmt: skip
 COLUMNS = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 D4RL_ROBOTS = {  # environment, return of a random and of an expert policy
@@ -311,12 +312,13 @@ def is_antmaze(args):
 
 def complete(args, defaults):
     """Set each argument that is None to its default and check the ranges. Raises InputError."""
-    rare, many = (50_000, 100) if is_antmaze(args) else (20_000, 10)
-    shared = {"eval_frequency": rare, "eval_episodes": many, "normalize_states": not is_antmaze(args)}
-    defaults = shared | defaults
+    antmaze = is_antmaze(args)
+    defaults.setdefault("normalize_states", not antmaze)
+    defaults["eval_frequency"] = 50_000 if antmaze else 20_000
+    defaults["eval_episodes"] = 100 if antmaze else 10
     for name, value in vars(args).items():
         value = defaults.get(name) if value is None else value
-        low, high = int(name in COUNTS), 1 if name in UNIT_INTERVAL else math.inf
+        low, high = int(name in AT_LEAST_1), 1 if name in UNIT_INTERVAL else math.inf
         if isinstance(value, int | float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} must be in [{low}, {high}], not {value}")
         setattr(args, name, value)
@@ -333,33 +335,30 @@ def download_d4rl(env_id):
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:  # under a temporary name until it is whole and its sha256 is right
-            torch.hub.download_url_to_file(D4RL_URL + file, str(path), D4RL_SHA256[env_id])
+            torch.hub.download_url_to_file(D4RL_URL + file, path, D4RL_SHA256[env_id])
         except (OSError, RuntimeError) as error:
-            advice = f"put it to {path}, or give --dataset-path or a Minari id"
-            raise InputError(f"cannot download {D4RL_URL + file} ({error}): {advice}") from error
-    with path.open("rb") as opened:
-        if not hashlib.file_digest(opened, "sha256").hexdigest().startswith(D4RL_SHA256[env_id]):
-            raise InputError(f"{path} is not D4RL's file, its sha256 differs: delete it")
+            raise InputError(f"cannot download {D4RL_URL + file} ({error}): put it to {path}") from error
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(D4RL_SHA256[env_id]):
+        raise InputError(f"{path} is not D4RL's file, its sha256 differs: delete it")
     return path
 
 
-def check_rows(name, columns, widths):
-    """COLUMNS as float32: (N, width), and (N,) for rewards, terminals and timeouts. Raises InputError."""
-    rows, (n, *_) = [], columns[0].shape or (0,)
-    for key, x, width in zip(COLUMNS, columns, widths, strict=True):
-        if x.shape != (n, width) and (x.shape != (n,) or width != 1):
-            raise InputError(f"{name} has {key} of shape {x.shape}; needed is {(n, width)}")
-        rows.append(x.astype(np.float32).reshape(n, width))
-        if not np.isfinite(rows[-1]).all():
+def check_rows(name, columns, shapes):
+    """COLUMNS as arrays of these shapes, rewards, terminals and timeouts (N,). Raises InputError."""
+    rows, n = [], len(columns[0])
+    for key, x, shape in zip(COLUMNS, columns, shapes, strict=False):
+        if len(x) != n or x.size != n * math.prod(shape):
+            raise InputError(f"{name} has {key} of shape {x.shape}; needed is {(n, *shape)}")
+        if not np.isfinite(x).all():
             advice = "mark the row before each as a timeout, then remove it"
             raise InputError(f"{name} has NaN or infinite {key}: {advice}")
-    s, a, r, terminals, timeouts, next_s = rows
-    if not np.isin([terminals, timeouts], (0, 1)).all():
+        rows.append(x.reshape(n, *shape))
+    if not np.isin(rows[3:5], (0, 1)).all():
         raise InputError(f"{name} has terminals or timeouts other than 0 and 1")
-    return s, a, r[:, 0], terminals[:, 0], timeouts[:, 0], next_s
+    return rows
 
 
-def read_hdf5(path, widths):
+def read_hdf5(path, shapes):
     """`check_rows` of a file in D4RL's schema, and which rows have a next one, (N,). Raises InputError.
 
     As in d4rl.qlearning_dataset the next observation is that of the next row: the last row and rows at a
@@ -367,76 +366,77 @@ def read_hdf5(path, widths):
     """
     try:
         with h5py.File(path) as file:
-            columns = [file[name].astype(np.float32)[()] for name in COLUMNS[:5]]
-            stored = file.get(COLUMNS[5])
-            columns.append(np.roll(columns[0], -1, 0) if stored is None else stored.astype(np.float32)[()])
+            names = COLUMNS if COLUMNS[5] in file else COLUMNS[:5]
+            columns = [file[name].astype(np.float32)[:] for name in names]
     except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
-        schema = "observations (N, o), actions (N, a), rewards, terminals, timeouts (N,)"
-        raise InputError(f"cannot read {path} ({error}): D4RL's schema is {schema}") from error
-    s, a, r, terminals, timeouts, stored = check_rows(path, columns, widths)
+        raise InputError(f"cannot read {path} ({error}): it needs {', '.join(COLUMNS[:5])}") from error
+    s, a, r, terminals, timeouts, *stored = check_rows(path, columns, shapes)
     next_s = np.roll(s, -1, 0)
     kept = timeouts == 0
     kept[-1:] = False
     if not timeouts.any():
         advice = "set timeouts to 1 in the last row of each episode that a time limit ended"
         print(f"Warning: {path} marks no timeouts, so rows of two episodes may be joined: {advice}")
-    differs = (np.abs(stored - next_s) > 1e-4).any(1) & kept & (terminals == 0)
-    if 2 * differs.sum() > kept.sum():
-        raise InputError(f"{path} is not in the order of time: next_observations are not the next rows'")
-    if differs.any():
-        print(f"Warning: {path} has {differs.sum():,} next_observations that are not the next row's")
+    if stored:
+        differs = (np.abs(stored[0] - next_s) > 1e-4).any(1) & kept & (terminals == 0)
+        if 2 * differs.sum() > kept.sum():
+            raise InputError(f"{path} is not in the order of time: next_observations are not the next rows'")
+        if differs.any():
+            print(f"Warning: {path} has {differs.sum():,} next_observations that are not the next row's")
     return (s, a, r, terminals, timeouts, next_s), kept
 
 
 def open_minari(env_id):
     """A Minari dataset, from datasets/ beside this file, the disk or the network. Raises InputError."""
-    bundled = Path(globals().get("__file__", "")).resolve().parent / "datasets" / env_id / "data"
-    if env_id.startswith("dmg/") and not bundled.exists():
+    folder = Path(globals().get("__file__", "")).resolve().parent / f"datasets/{env_id}/data"
+    if env_id.startswith("dmg/") and not folder.exists():
         raise InputError(f"{env_id} is in the folder datasets/ of the repository: clone it, or give --env-id")
     if env_id in gym.registry:
         raise InputError(f"{env_id} is an environment: add --dataset-path")
+    if not folder.exists():
+        folder = minari.storage.local.get_dataset_path(env_id) / "data"
     try:
-        remote = "/" in env_id
-        source = minari.MinariDataset(bundled) if bundled.exists() else minari.load_dataset(env_id, remote)
+        if not folder.exists() and "/" in env_id:
+            minari.download_dataset(env_id)
+        metadata = json.loads((folder / "metadata.json").read_text())
+        if not {"observation_space", "action_space"} <= metadata.keys():
+            raise ValueError("it does not say its spaces")  # Minari would import what it names to find them
+        source = minari.MinariDataset(folder)
     except Exception as error:  # of the network, the server or the files: they have no common class
-        kinds = f"a D4RL name ({', '.join(D4RL_SHA256)}), or Minari's as in mujoco/hopper/medium-v0"
-        advice = f"Give {kinds}. If a download was interrupted, delete its folder."
-        raise InputError(f"cannot load {env_id} ({type(error).__name__}: {error}). {advice}") from error
+        known = f"a D4RL name ({', '.join(D4RL_SHA256)}) or a Minari id as mujoco/hopper/medium-v0"
+        advice = f"give {known}; if a download was interrupted, delete {folder.parent}"
+        raise InputError(f"cannot load {env_id} ({type(error).__name__}: {error}): {advice}") from error
     spec = source._eval_env_spec or source.env_spec
     if spec is None:
         raise InputError(f"{env_id} has no environment to evaluate in")
     if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
-    if spec.id not in gym.registry or gym.registry[spec.id].entry_point != spec.entry_point:
-        raise InputError(
-            f"{env_id} needs {spec.id} ({spec.entry_point}): register it at the top of this file"
-        )
+    known = gym.registry.get(spec.id)
+    if known is None or known.entry_point != spec.entry_point:
+        raise InputError(f"{env_id} needs {spec.id} ({spec.entry_point}): register it in this file")
     spec.kwargs.pop("render_mode", None)
     recorders = ":Monitor", ":RecordEpisodeStatistics", ":RecordVideo"
     wrappers = [x for x in spec.additional_wrappers if not x.entry_point.endswith(recorders)]
     for wrapper in wrappers:
-        if ":Normalize" in wrapper.entry_point or not wrapper.entry_point.startswith("gymnasium.wrappers."):
-            reason = "a dataset lacks its statistics or its code: record it without"
-            raise InputError(f"{env_id} was recorded through {wrapper.entry_point}; {reason}")
+        code = wrapper.entry_point
+        if ":Normalize" in code or not code.startswith("gymnasium.wrappers."):
+            raise InputError(f"{env_id} lacks the statistics or the code of {code}: record it without")
     spec.additional_wrappers = tuple(wrappers)
     return source
 
 
-def read_minari(env_id, space, widths):
+def read_minari(env_id, space, shapes):
     """As read_hdf5, but every row has a next one. Observations are flattened as by FlattenObservation."""
     source, episodes = open_minari(env_id), []
     try:
         for x in source:
             s = np.stack([flatten(space, observation) for observation in iterate(space, x.observations)])
             episodes.append((s[:-1], x.actions, x.rewards, x.terminations, x.truncations, s[1:]))
-    except TypeError as error:  # of iterate, which names the space
-        raise InputError(f"the observations of {env_id} cannot be used: {error}") from error
     except (OSError, KeyError) as error:
-        folder = source.storage.data_path
+        folder = source.storage.data_path.parent
         raise InputError(f"{env_id} is incomplete ({error}): delete {folder} and try again") from error
-    columns = [np.concatenate(column) for column in zip(*episodes, strict=True)]
-    rows = check_rows(env_id, columns, widths)
-    return rows, np.ones(len(rows[0]), bool)
+    columns = [np.concatenate(x, dtype=np.float32) for x in zip(*episodes, strict=True)]
+    return check_rows(env_id, columns, shapes), np.ones(len(columns[0]), bool)
 
 
 def load_dataset(args):
@@ -444,17 +444,19 @@ def load_dataset(args):
 
     AntMaze: reward 0 and terminal at the goal, -1 elsewhere (App. C.1).
     """
-    space, box = make_env(args).recorded_spaces
-    widths = flatdim(space), *box.shape, 1, 1, 1, flatdim(space)
+    env = make_env(args)
+    space, box = env.recorded_spaces
+    state = env.observation_space.shape
+    shapes = state, box.shape, (), (), (), state
     name = args.dataset_path or args.env_id
     if args.dataset_path or name in D4RL_SHA256:
-        rows, kept = read_hdf5(args.dataset_path or download_d4rl(name), widths)
+        rows, kept = read_hdf5(args.dataset_path or download_d4rl(name), shapes)
     else:
-        rows, kept = read_minari(name, space, widths)
-    s, a, r, terminated, timeouts, next_s = rows
-    a = ((a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)).astype(np.float32)
+        rows, kept = read_minari(name, space, shapes)
     if not kept.any():
         raise InputError(f"{name} has no transition")
+    s, a, r, terminated, timeouts, next_s = rows
+    a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
     if np.abs(a).max() > 1 + 1e-3:
         raise InputError(f"{name} has actions outside the environment's {box.low} to {box.high}")
     ends, sums = timeouts + terminated > 0, np.cumsum(r, dtype=np.float64)
@@ -465,17 +467,15 @@ def load_dataset(args):
         terminated = r
         r = r - 1
     returns = np.diff(sums[ends], prepend=0)
-    s, a, r, next_s, terminated = (x[kept] for x in (s, a, r, next_s, terminated))
+    s, a, r, next_s, terminated = (torch.from_numpy(x[kept]).float() for x in (s, a, r, next_s, terminated))
     print(
         f"{name}: {len(r):,} transitions, {len(returns):,} whole episodes, {terminated.sum():,.0f} terminals,"
         f" {timeouts.sum():,.0f} timeouts, mean return {returns.sum() / max(1, len(returns)):.2f}"
     )
-    mean, std = np.zeros(s.shape[1]), np.ones(s.shape[1])
-    if args.normalize_states:
-        mean, std = s.mean(0, dtype=np.float64), s.std(0, dtype=np.float64) + 1e-3
-    mean, std = mean.astype(np.float32), std.astype(np.float32)
-    batch = Batch((s - mean) / std, a, r, (next_s - mean) / std, terminated)
-    return Batch(*map(torch.from_numpy, batch)), torch.from_numpy(mean), torch.from_numpy(std)
+    mean, std = s.double().mean(0).float(), s.double().std(0, correction=0).add(1e-3).float()
+    if not args.normalize_states:
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
+    return Batch((s - mean) / std, a, r, (next_s - mean) / std, terminated), mean, std
 
 
 # ---- end of data ----
@@ -577,19 +577,19 @@ def make_env(args, render_mode=None):
             env = gym.make(args.env_id, **options)
         else:
             env = open_minari(args.env_id).recover_environment(eval_env=True, **options)
-    except gym.error.Error as error:
+    except (gym.error.Error, ImportError) as error:
         raise InputError(f"cannot make the environment of {args.env_id}: {error}") from error
     if not family and env.spec.max_episode_steps is None:
         warnings.warn(f"{args.env_id} has no time limit, 1000 steps are taken", stacklevel=1)
         env = TimeLimit(env, 1000)
-    space, box = spaces = env.observation_space, env.action_space
+    box = env.action_space
     if not isinstance(box, Box) or len(box.shape) != 1 or not box.is_bounded():
         raise InputError(f"{args.env_id} has actions of {box}; needed is a Box of one dimension, with bounds")
-    if not isinstance(space, Box) or len(space.shape) != 1:
-        env = FlattenObservation(env)
-    if (box.low != -1).any() or (box.high != 1).any():
-        env = RescaleAction(env, np.float32(-1), np.float32(1))
-    env.recorded_spaces = spaces
+    space = env.observation_space
+    if re.search("Discrete|MultiBinary|Text|Sequence|Graph|OneOf", str(space)):
+        raise InputError(f"{args.env_id} has observations of {space}; needed is Box, or Dict or Tuple of Box")
+    env = RescaleAction(FlattenObservation(env), np.float32(-1), np.float32(1))
+    env.recorded_spaces = space, box
     return env
 
 
@@ -606,9 +606,9 @@ def evaluate(act, envs, episodes, seed):
     act: observations (n, state_dim) -> actions (n, action_dim), for n = len(envs) episodes at a time. Each is
     played to its end and counted, so short ones have no advantage. A vector environment would be slower.
     """
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    returns, lengths = np.zeros((2, episodes))
     for first in range(0, episodes, len(envs)):
-        playing = {k: env for k, env in enumerate(envs) if first + k < episodes}
+        playing = dict(enumerate(envs[: episodes - first]))
         observations = np.zeros((len(envs), *envs[0].observation_space.shape))
         for k, env in playing.items():
             observations[k], _ = env.reset(seed=seed + first + k)
@@ -633,10 +633,12 @@ def normalized_score(args, mean_return):
         random, expert = 0.0, 1.0
     elif args.env_id in D4RL_SHA256:
         _, random, expert = D4RL_ROBOTS[args.env_id.split("-")[0]]
-    elif not args.dataset_path and args.env_id not in gym.registry:
+    elif not args.dataset_path:
         metadata = open_minari(args.env_id).storage.metadata
         random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return None if expert is None else 100 * (mean_return - random) / (expert - random)
+    if random is None or expert is None:
+        return None
+    return 100 * (mean_return - random) / (expert - random)
 
 
 def read_args(folder):
@@ -644,7 +646,7 @@ def read_args(folder):
     try:
         saved = json.loads(Path(folder, "args.json").read_text())
         return Args(**{name: saved[name] for name in vars(Args())})
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{folder} is no run of this script: {error}") from error
 
 
@@ -657,9 +659,7 @@ def set_up(args):
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory here
     torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_num_threads(
-        int(os.environ.get("OMP_NUM_THREADS", 1))
-    )  # on a busy machine two wait for each other
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # two would wait for each other
     torch.manual_seed(args.seed)
     if not args.cuda or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -667,8 +667,8 @@ def set_up(args):
     return torch.device("cuda")
 
 
-def open_run(args, start):
-    """The run folder, new or resumed at step `start`, with args.json in it, and its TensorBoard log."""
+def open_run(args, first):
+    """The run folder, new or resumed before step `first`, with args.json in it, and its TensorBoard log."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     folder = Path(args.resume or f"runs/{name.replace('/', '-').replace(':', '-')}")
     folder.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -680,9 +680,7 @@ def open_run(args, start):
 
         names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
         wandb.init(**names, id=folder.name, resume="allow", config=record, sync_tensorboard=True)
-    return folder, SummaryWriter(
-        str(folder), purge_step=start + 1
-    )  # hides what a killed run logged after start
+    return folder, SummaryWriter(folder, purge_step=first)  # hides what a killed run logged from there on
 
 
 # ---- end of evaluation and run folder ----
@@ -710,11 +708,9 @@ class Adam(nn.Module):
             self.m.lerp_(gradient, 1 - 0.9)
             self.v.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
             divisor = self.v.sqrt().add_(1e-8 * root).mul_(bias1 / (root * self.learning_rate))
-            pieces = zip(
-                self.net_parameters, self.m.split(self.sizes), divisor.split(self.sizes), strict=True
-            )
-            for p, m, d in pieces:
-                p.addcdiv_(m.view_as(p), d.view_as(p), value=-1)
+            changes = (self.m / divisor).split(self.sizes)
+            for p, change in zip(self.net_parameters, changes, strict=True):
+                p.sub_(change.view_as(p))
 
 
 def accelerate(step, args, device):
@@ -723,22 +719,22 @@ def accelerate(step, args, device):
         ctypes.CDLL(None).mallopt(-3, 2**25)
         ctypes.CDLL(None).mallopt(-1, 2**30)
     if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the compiled function
-        step = torch.compile(step, fullgraph=True, options={"cpp_wrapper": device.type == "cpu"})
+        step = torch.compile(step, options={"cpp_wrapper": device.type == "cpu"})
     if device.type != "cuda" or not args.cudagraphs:
         return step
-    calls, graphs, metrics = [0, 0], {}, {}
+    calls, graphs = [0, 0], {}
 
     def launch(update_actor):
         calls[update_actor] += 1
         if calls[update_actor] < 4:  # warm up the libraries
             return step(update_actor)
         if update_actor not in graphs:
-            graphs[update_actor] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[update_actor], stream=torch.cuda.current_stream()):
-                metrics[update_actor] = step(update_actor)  # recorded, not run
-        graphs[update_actor].replay()
-        return metrics[update_actor]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                graphs[update_actor] = graph, step(update_actor)  # recorded, not run
+        graph, metrics = graphs[update_actor]
+        graph.replay()
+        return metrics
 
     return launch
 
@@ -749,89 +745,88 @@ def main(args):
     device = set_up(args)
     dataset, mean, std = load_dataset(args)
     dataset = Batch(*(x.to(device) for x in dataset))
-    largest_return = dataset.rewards.abs().max().item() / max(1 - args.gamma, 1e-3)
+    largest_return = dataset.rewards.abs().max() / max(1 - args.gamma, 1e-3)
     envs = [make_env(args) for _ in range(min(args.eval_episodes, 10))]
-    agent = Agent(dataset.observations.shape[1], dataset.actions.shape[1], args)
-    agent.mean.copy_(mean)
-    agent.std.copy_(std)
+    action_dim = dataset.actions.shape[1]
+    agent = Agent(len(mean), action_dim, args)
+    agent.mean, agent.std = mean, std
     generator = torch.Generator(device).manual_seed(args.seed)  # of batches and noise; evaluation has its own
-    start, evaluations, elapsed = 0, [], 0.0
+    first, evaluations, begun = 0, [], time.time()
     if args.resume:
-        checkpoint = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        checkpoint = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
         agent.load_state_dict(checkpoint["agent"])
         if checkpoint["device"] == device.type:  # the other kind draws other random numbers
             generator.set_state(checkpoint["generator"])
-        start, evaluations, elapsed = (checkpoint[key] for key in ("step", "evaluations", "seconds"))
+        first, evaluations = checkpoint["step"] + 1, checkpoint["evaluations"]
+        begun -= checkpoint["seconds"]
     agent.to(device)
     index = torch.empty(args.batch_size, dtype=torch.int64, device=device)
-    noise = torch.empty(args.batch_size, dataset.actions.shape[1], device=device)
+    noise = torch.empty(args.batch_size, action_dim, device=device)
 
     def update_on_batch(update_actor):
         return update(agent, Batch(*(x[index] for x in dataset)), noise, args, update_actor)
 
     learn = accelerate(update_on_batch, args, device)
-    folder, writer = open_run(args, start)
-    bar = tqdm(total=args.gradient_steps, initial=start, unit="step", smoothing=1)  # the rate of now
-    begun, metrics = time.time(), {}
-    for step in range(start, args.gradient_steps + 1):
-        if step > start:
+    folder, writer = open_run(args, first)
+    metrics = {}
+    for step in tqdm(
+        range(first, args.gradient_steps + 1), initial=first, total=args.gradient_steps, unit="step"
+    ):
+        if step > 0:
             agent.actor_optimizer.learning_rate.fill_(actor_learning_rate(step, args))
             index.random_(len(dataset.rewards), generator=generator)
             noise.normal_(generator=generator)
             metrics |= learn(step % args.policy_frequency == 0)
 
+        logs = {}
         due = step % args.eval_frequency == 0 or step == args.gradient_steps
-        if step > start and (due or step % 1000 == 0):
-            bar.update(step - bar.n)
+        if step > 0 and (due or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
             # Adam's small steps keep a runaway Q finite for long
             ran_away = abs(logs["losses/q_values"]) > max(1000, 10 * largest_return)
-            if ran_away or not all(map(math.isfinite, logs.values())):
+            if ran_away or not math.isfinite(sum(logs.values())):
                 writer.add_scalar("eval/diverged", 1, step)
                 writer.close()
-                print(
-                    f"diverged at step {step:,}, {folder} has the last good checkpoint: {logs}",
-                    file=sys.stderr,
-                )
+                print(f"diverged at step {step:,}, {folder} has the last checkpoint: {logs}", file=sys.stderr)
                 sys.exit(3)
-            logs["charts/SPS"] = (step - start) / (time.time() - begun)
+            logs["charts/SPS"] = step / (time.time() - begun)
             logs["charts/actor_learning_rate"] = agent.actor_optimizer.learning_rate.item()
-            for name, value in logs.items():
-                writer.add_scalar(name, value, step)
 
-        if due and step not in [row[0] for row in evaluations]:
+        if due:
             eval_seed = 1000 * (args.seed + 1)  # the same episodes each time
             returns, lengths = evaluate(agent.act, envs, args.eval_episodes, eval_seed)
-            mean, std, length = returns.mean().item(), returns.std().item(), lengths.mean().item()
-            score = normalized_score(args, mean)
+            mean, std, length = map(float, (returns.mean(), returns.std(), lengths.mean()))
+            score, text = normalized_score(args, mean), ""
+            logs |= {"eval/episodic_return": mean, "eval/episodic_length": length}
             if score is not None:
-                writer.add_scalar("eval/normalized_score", score, step)
-            writer.add_scalar("eval/episodic_return", mean, step)
-            writer.add_scalar("eval/episodic_length", length, step)
-            writer.flush()
-            text = "" if score is None else f", score {score:.1f}"
+                logs["eval/normalized_score"] = score
+                text = f", score {score:.1f}"
             tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}{text}")
             if args.capture_video:
                 env = make_env(args, "rgb_array")
-                film = RecordVideo(env, f"{folder}/videos", name_prefix=f"step-{step}")
-                evaluate(agent.act, [film], 1, eval_seed)
-                film.close()
-            seconds = elapsed + time.time() - begun
+                with RecordVideo(env, f"{folder}/videos", name_prefix=f"step-{step}") as film:
+                    evaluate(agent.act, [film], 1, eval_seed)
+
+        for name, value in logs.items():
+            writer.add_scalar(name, value, step)
+        if due:
+            writer.flush()
+            seconds = time.time() - begun
             evaluations.append([step, mean, std, score, length, args.eval_episodes, seconds])
-            lines = [",".join(map(str, row)) for row in [EVAL_COLUMNS, *evaluations]]
-            (folder / "eval.csv").write_text("\n".join(lines) + "\n")
+            with open(folder / "eval.csv", "w") as file:
+                for row in [EVAL_COLUMNS, *evaluations]:
+                    print(*row, sep=",", file=file)
             state = {"step": step, "evaluations": evaluations, "seconds": seconds, "device": device.type}
             state |= {"agent": agent.state_dict(), "generator": generator.get_state()}
             torch.save(state, folder / "checkpoint.tmp")
             os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at every moment
-    bar.close()
     writer.close()
-    column = "return_mean" if evaluations[-1][3] is None else "normalized_score"
-    last = [row[EVAL_COLUMNS.index(column)] for row in evaluations[-5:]]
-    print(f"{folder}: {column} {last[-1]:.1f}, mean of the last five {np.mean(last):.1f}")
+    column = 1 if evaluations[-1][3] is None else 3
+    last = [row[column] for row in evaluations[-5:]]
+    print(f"{folder}: {EVAL_COLUMNS[column]} {last[-1]:.1f}, mean of the last five {np.mean(last):.1f}")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # not when pasted into a notebook
     arguments = tyro.cli(Args)
     try:
         if arguments.resume:  # other flags change that run's arguments
