@@ -870,7 +870,9 @@ def main(args):
     first = learned + 1 if args.resume else learned
     folder, writer = open_run(args, first)
     metrics, total = {}, args.offline_steps + args.online_steps
-    for step in tqdm(range(first, total + 1), initial=first, total=total, unit="step"):
+    bar = tqdm(total=total, initial=learned, unit="step")
+    for step in range(first, total + 1):
+        bar.update(step - bar.n)
         t = step - args.offline_steps  # online steps, this one included
         if step > learned and t > 0:
             lam, nu = online_schedule(t, args)
@@ -937,6 +939,7 @@ def main(args):
             }
             torch.save(state, folder / "checkpoint.tmp")
             os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at every moment
+    bar.close()
     writer.close()
     column = 1 if evaluations[-1][3] is None else 3
     last = [row[column] for row in evaluations[-5:]]

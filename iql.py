@@ -850,7 +850,9 @@ def main(args):
     learn = accelerate(update_on_batch, args, device)
     folder, writer = open_run(args, first)
     metrics, total = {}, args.gradient_steps + args.online_steps
-    for step in tqdm(range(first, total + 1), initial=first, total=total, unit="step"):
+    bar = tqdm(total=total, initial=max(first - 1, 0), unit="step")
+    for step in range(first, total + 1):
+        bar.update(step - bar.n)
         if step > args.gradient_steps:
             with torch.no_grad():
                 policy = agent.actor(agent.normalise(replay.observation[None]))
@@ -912,6 +914,7 @@ def main(args):
             }
             torch.save(state, folder / "checkpoint.tmp")
             os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at every moment
+    bar.close()
     writer.close()
     column = 1 if evaluations[-1][3] is None else 3
     last = [row[column] for row in evaluations[-5:]]

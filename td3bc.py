@@ -710,9 +710,9 @@ def main(args):
     learn = accelerate(update_on_batch, args, device)
     folder, writer = open_run(args, first)
     metrics = {}
-    for step in tqdm(
-        range(first, args.gradient_steps + 1), initial=first, total=args.gradient_steps, unit="step"
-    ):
+    bar = tqdm(total=args.gradient_steps, initial=max(first - 1, 0), unit="step")
+    for step in range(first, args.gradient_steps + 1):
+        bar.update(step - bar.n)
         if step > 0:
             index.random_(len(dataset.rewards), generator=generator)
             noise.normal_(generator=generator)
@@ -759,6 +759,7 @@ def main(args):
             state |= {"agent": agent.state_dict(), "generator": generator.get_state()}
             torch.save(state, folder / "checkpoint.tmp")
             os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at every moment
+    bar.close()
     writer.close()
     column = 1 if evaluations[-1][3] is None else 3
     last = [row[column] for row in evaluations[-5:]]
