@@ -43,9 +43,25 @@ def hopper_file(tmp_path):
     return write_hdf5(tmp_path / "hopper.hdf5", d4rl_arrays())
 
 
-def float64_agent(script, *args):
-    """script.Agent(*args) with parameters and optimizers in float64."""
-    return script.Agent(*args).double()
+def refusal(function, *args):
+    """The one sentence with which function(*args) refuses."""
+    with pytest.raises(dmg_offline.InputError) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def load_checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    """Equal to the bit, however nested."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture

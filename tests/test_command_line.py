@@ -1,6 +1,5 @@
 """What a user types, and what the program answers."""
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -8,12 +7,10 @@ import json
 import re
 import runpy
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import d4rl_arrays, write_hdf5
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dmg_offline
@@ -94,15 +91,12 @@ NAN, INF = float("nan"), float("inf")
 OUTSIDE = [
     ("lam", 1.5), ("lam", -0.1), ("lam", NAN), ("nu", -1.0), ("expectile", 1.1), ("gamma", 1.1),
     ("gamma", -0.5), ("batch_size", 0), ("gradient_steps", 0), ("policy_frequency", 0), ("eval_frequency", 0),
-    ("eval_episodes", 0), ("target_update_rate", 1.1), ("learning_rate", -1e-3), ("max_weight", -1.0),
+    ("eval_episodes", 0), ("target_update_rate", 1.1), ("learning_rate", -1e-3), ("max_weight", 0.0),
     ("inverse_temperature", -1.0), ("policy_noise", -0.1), ("noise_clip", NAN), ("seed", -1),
 ]  # fmt: skip
 
 
-ZERO = pytest.param("max_weight", 0.0, marks=pytest.mark.xfail(reason="log(0) in update", strict=True))
-
-
-@pytest.mark.parametrize("name, value", [*OUTSIDE, ZERO])
+@pytest.mark.parametrize("name, value", OUTSIDE)
 def test_numbers_outside_their_range_are_refused_by_name(name, value):
     with pytest.raises(InputError, match=rf"^--{name.replace('_', '-')} must be in .*, not {value}$"):
         Args(env_id="hopper-medium-v2", **{name: value})
@@ -150,28 +144,24 @@ TAGS = {
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "hopper-medium-v2"])
 def test_what_a_run_leaves_and_prints(cli, small, env_id):
-    code, out, err = cli(*small, "--env-id", env_id)
+    code, out, err = cli(*small, "--env-id", env_id, "--gradient-steps", "60")
     assert code == 0, err
     folder = run_folder()
     assert re.fullmatch(rf"{env_id}__dmg_offline__0__\d{{13}}", folder.name)
     record = json.loads((folder / "args.json").read_text())
     versions = record.pop("versions")
     assert record.keys() == {field.name for field in dataclasses.fields(Args)} and record["nu"] == 0.1
-    assert versions["torch"] == torch.__version__ and versions.keys() == {
-        "torch",
-        "gymnasium",
-        "mujoco",
-        "minari",
-    }
+    assert versions.keys() == {"torch", "gymnasium", "mujoco", "minari"}
+    assert versions["torch"] == torch.__version__
 
     rows = [row.split(",") for row in (folder / "eval.csv").read_text().splitlines()]
     columns = "step,return_mean,return_std,normalized_score,length_mean,episodes,wall_seconds"
-    assert rows[0] == columns.split(",") and [row[0] for row in rows[1:]] == ["0", "10", "20"]
+    assert rows[0] == columns.split(",") and [int(row[0]) for row in rows[1:]] == [*range(0, 70, 10)]
     scored = env_id == "hopper-medium-v2"  # an own file has no score
     events = EventAccumulator(str(folder)).Reload()
     assert {*events.Tags()["scalars"]} == TAGS | ({"eval/normalized_score"} if scored else set())
     rates = [(e.step, e.value) for e in events.Scalars("charts/actor_learning_rate")]
-    expected = [(k, dmg_offline.actor_learning_rate(k, Args(gradient_steps=20))) for k in (10, 20)]
+    expected = [(k, dmg_offline.actor_learning_rate(k, Args(gradient_steps=60))) for k in range(10, 70, 10)]
     assert rates == [(k, pytest.approx(rate)) for k, rate in expected]
 
     column = 3 if scored else 1
@@ -179,19 +169,10 @@ def test_what_a_run_leaves_and_prints(cli, small, env_id):
     tag = "eval/normalized_score" if scored else "eval/episodic_return"
     assert [e.value for e in events.Scalars(tag)] == pytest.approx(values, rel=1e-6)
     assert scored or {row[3] for row in rows[1:]} == {"None"}
-    assert ("score" in out.split("step 20:")[1].split("\n")[0]) == scored
+    assert ("score" in out.split("step 60:")[1].split("\n")[0]) == scored
     name = "normalized_score" if scored else "return_mean"
-    last = f"{name} {values[-1]:.1f}, mean of the last five {sum(values) / 3:.1f}"
+    last = f"{name} {values[-1]:.1f}, mean of the last five {sum(values[-5:]) / 5:.1f}"
     assert out.splitlines()[-1] == f"runs/{folder.name}: {last}"
-
-
-def test_the_mean_at_the_end_is_of_the_last_five(cli, small):
-    _, out, _ = cli(*small, "--gradient-steps", "60")
-    rows = (run_folder() / "eval.csv").read_text().splitlines()[1:]
-    values = [float(row.split(",")[1]) for row in rows]
-    assert len(values) == 7 and out.splitlines()[-1].endswith(
-        f"mean of the last five {sum(values[-5:]) / 5:.1f}"
-    )
 
 
 def test_the_table_at_the_start_is_without_arguments_that_are_not_in_use(cli, small, hopper_file):
@@ -226,36 +207,17 @@ def test_divergence_exits_with_3_and_keeps_the_last_good_checkpoint(script, cli,
     assert EventAccumulator(str(run_folder())).Reload().Scalars("eval/diverged")[0].step == 10
 
 
-@pytest.mark.parametrize("factor, code", [(-11, 3), (11, 3), (9, 0), (-9, 0)])
-def test_a_q_beyond_ten_times_any_return_is_a_divergence(factor, code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rows = d4rl_arrays() | {"rewards": [20.0] * 600}
-    flags = {"gradient_steps": 2, "eval_episodes": 1, "batch_size": 8, "cuda": False, "gamma": 0.9}
-    args = Args(env_id="Hopper-v4", dataset_path=write_hdf5("x.hdf5", rows), **flags)
-    q = torch.tensor(factor * 20 / (1 - 0.9))
-
-    def update(*_, original=dmg_offline.update):
-        return original(*_) | {"q_values": q}
-
-    monkeypatch.setattr(dmg_offline, "update", update)
-    with pytest.raises(SystemExit) if code else contextlib.nullcontext() as stop:
-        dmg_offline.main(args)
-    assert not code or stop.value.code == code
-
-
-def test_flags_beside_resume_replace_the_saved_ones(cli, small):
+def test_flags_beside_resume_replace_the_saved_ones_in_args_json_too(cli, small):
     cli(*small)
     folder = run_folder()
-    code, out, err = cli("--resume", str(folder), "--gradient-steps", "30")
+    before = json.loads((folder / "args.json").read_text())
+    code, out, err = cli("--resume", str(folder), "--gradient-steps", "30", "--nu", "3")
     assert code == 0, err
     assert re.findall(r"step (\d+):", out) == ["30"] and "batch_size              8" in out
-    assert json.loads((folder / "args.json").read_text())["gradient_steps"] == 30
-    assert len((folder / "eval.csv").read_text().splitlines()) == 5
-
-
-def test_a_run_of_another_script_is_refused(cli, small):
-    cli(*small)
-    code, _, err = cli("--resume", str(run_folder()), script="td3bc")
+    after = json.loads((folder / "args.json").read_text())
+    assert {key: after[key] for key in before if before[key] != after[key]} == {"gradient_steps": 30, "nu": 3}
+    assert after["resume"] is None and len((folder / "eval.csv").read_text().splitlines()) == 5
+    code, _, err = cli("--resume", str(folder), script="td3bc")
     assert code == 2 and "no run of this script" in err and "alpha" in err
 
 
@@ -265,13 +227,3 @@ def test_track_without_its_package_says_so_before_it_trains(cli, small, capsys):
     with pytest.raises(ModuleNotFoundError, match="wandb"):
         cli(*small, "--track")
     assert "step 0:" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_dependencies_at_the_end_of_a_script_are_those_of_requirements_txt(script):
-    text = (ROOT / f"{script}.py").read_text()
-    (block,) = re.findall(r"\n# /// script\n(.*?)# ///\n$", text, re.S)
-    found = tomllib.loads(re.sub(r"^# ?", "", block, flags=re.M))
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    needed = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
-    assert {x.replace("torch>=", "torch==") for x in found["dependencies"]} == {*needed}

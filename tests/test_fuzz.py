@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 
 from dmg_offline import COLUMNS, Agent, Args, Batch, InputError, load_dataset, update
 
-FUZZ = settings(
-    max_examples=100,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+FUZZ = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None, "derandomize": True}
 SHAPES = {"observations": (40, 3), "actions": (40, 1), "next_observations": (40, 3)}
 DTYPES = ("f2", "f4", "f8", "i1", "i4", "u8", "?", "c8", "S3")
 
@@ -45,19 +40,13 @@ def columns(draw):
 
 @st.composite
 def files(draw):
-    """The bytes of such a file, sometimes cut, or with bytes changed in its header."""
+    """The bytes of such a file, sometimes cut."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         for key, x in draw(columns()).items():
             file[key] = x
-    data = bytearray(buffer.getvalue())
-    damage = draw(st.sampled_from(["none", "none", "none", "cut", "flip"]))
-    if damage == "cut":
-        return bytes(data[: draw(st.integers(0, len(data)))])
-    if damage == "flip":
-        for _ in range(draw(st.integers(1, 8))):
-            data[draw(st.integers(0, 2000))] = draw(st.integers(0, 255))
-    return bytes(data)
+    data = buffer.getvalue()
+    return data[: draw(st.integers(0, len(data)))] if draw(st.integers(0, 4)) == 4 else data
 
 
 NUMBER = st.sampled_from([0.5, 0.5, 1, 1, 0, 2, 7, 1e-9, 1e9, -1, float("nan")])
@@ -75,7 +64,7 @@ LOADED = []
 
 
 @pytest.mark.filterwarnings("ignore")
-@FUZZ
+@settings(max_examples=100, **FUZZ)
 @given(file=files(), arguments=ARGUMENTS)
 def test_any_file_and_any_arguments_are_trained_on_or_refused_with_a_sentence(tmp_path, file, arguments):
     path = tmp_path / "x.hdf5"

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import platform
 import resource
 import shutil
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_finetune import DATA, load, room, run, same  # noqa: F401  room: all runs share one folder
+from conftest import load_checkpoint, same
+from test_finetune import DATA, room, run  # noqa: F401  room: all runs share one folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmg_finetune
@@ -23,6 +25,7 @@ NAMES = ["dmg_offline", "dmg_finetune", "iql", "td3bc"]
 SCRIPTS = pytest.mark.parametrize("script", [dmg_offline, dmg_finetune, iql, td3bc], ids=NAMES)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STATE, ACTION, BATCH = 5, 3, 16
+VIEWS = {"view", "expand", "t", "transpose", "squeeze", "unsqueeze", "detach", "alias", "select", "slice"}
 
 
 def learner(script, device="cpu", rows=BATCH, **flags):
@@ -55,21 +58,9 @@ class Calls(TorchDispatchMode):
         self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        views = {
-            "view",
-            "expand",
-            "t",
-            "transpose",
-            "squeeze",
-            "unsqueeze",
-            "detach",
-            "alias",
-            "select",
-            "slice",
-        }
         name = func.overloadpacket.__name__
         assert name not in ("_local_scalar_dense", "nonzero")
-        self.counts[name] += name not in views
+        self.counts[name] += name not in VIEWS
         return func(*args, **(kwargs or {}))
 
 
@@ -88,9 +79,7 @@ def test_an_update_calls_few_operators_in_place_and_reads_nothing_back(script):
     assert still == {"mean", "std"} | {name for name in before if name.endswith("learning_rate")}
 
 
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told to keep memory"
-)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep its memory")
 def test_a_step_takes_its_memory_from_what_earlier_ones_freed():
     """Page faults of a step: each costs more than the use of the page. They were a thousand."""
     for option in (-1, -3):  # glibc's defaults, whatever ran before in this process
@@ -118,10 +107,7 @@ def test_compiled_and_plain_update_agree():
 @pytest.mark.parametrize("script", [dmg_offline, iql])
 def test_the_update_compiles_as_one_graph(script, monkeypatch):
     """Traced only, since C++ takes a minute: fullgraph refuses whatever would break the graph."""
-    trace = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **rest: trace(f, fullgraph=rest["fullgraph"], backend="eager")
-    )
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     (plain, step, _), (agent, own_step, args) = learner(script), learner(script, compile=True)
     traced = script.accelerate(own_step, args, torch.device("cpu"))
     for update_actor in (True, True):
@@ -192,14 +178,14 @@ def test_a_resumed_run_has_the_same_bits_on_a_gpu(script, monkeypatch):
     name = "offline_steps" if script is dmg_finetune else "gradient_steps"
     settings = DATA | {"cuda": True, "eval_frequency": 20, name: 40}
     settings |= {"online_steps": 0} if script is dmg_finetune else {}
-    whole, before = load(run(script, **settings)), set(Path("runs").iterdir())
+    whole, before = load_checkpoint(run(script, **settings)), set(Path("runs").iterdir())
     evaluations, score = iter(range(2)), script.normalized_score
     with monkeypatch.context() as patched, pytest.raises(StopIteration):  # instead of the third one
         patched.setattr(script, "normalized_score", lambda *x: (next(evaluations), score(*x))[1])
         script.main(script.Args(**settings))
     (folder,) = set(Path("runs").iterdir()) - before
-    assert load(folder)["step"] == 20
+    assert load_checkpoint(folder)["step"] == 20
     args = script.read_args(folder)
     args.resume = str(folder)
     script.main(args)
-    assert whole["device"] == "cuda" and same(load(folder)["agent"], whole["agent"])
+    assert whole["device"] == "cuda" and same(load_checkpoint(folder)["agent"], whole["agent"])

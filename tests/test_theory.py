@@ -128,7 +128,7 @@ WRONG_BOUNDS = {
 
 
 def overestimation(m, operator, limit, lam, gamma, start=0.0):
-    """Q^k - Q_In^k and its bound, k = 1...STEPS: T knows the dataset's rows only, mcshane invents the rest."""
+    """Q^k - Q_In^k and its bound, k = 1...STEPS: T knows the dataset's rows, mcshane invents the rest."""
     run = np.where(m.mild[:, :, None] & m.mild[..., None] & (m.distance > 0), m.distance, np.inf)
     q = q_in = start + np.zeros_like(m.r)
     k_q, gaps = np.zeros(MDPS), []
