@@ -304,6 +304,8 @@ class Replay:
         device = agent.mean.device
         self.rows = Batch(*(torch.cat(parts).to(device) for parts in zip(dataset, room, strict=True)))
         self.ends, self.returns = [], []  # of the online episodes: the row after their last, their return
+        env.action_space.seed(args.seed)
+        self.begin_episode()
 
     def begin_episode(self):
         """Reset with a seed of the episode's own, far from evaluation's."""
@@ -341,6 +343,7 @@ class Replay:
         self.total_reward = math.nan  # of the cut episode
         if self.size > (self.ends or [self.first])[-1]:
             self.end_episode()
+        self.begin_episode()
 
 
 # ---- end of replay ----
@@ -852,11 +855,8 @@ def main(args):
     agent.to(device)
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:
-        evaluations = checkpoint["evaluations"]
-        begun -= checkpoint["seconds"]
+        evaluations, begun = checkpoint["evaluations"], begun - checkpoint["seconds"]
         replay.restore(checkpoint["online"])
-    replay.begin_episode()
-    replay.env.action_space.seed(args.seed)
     index = torch.empty(args.batch_size, dtype=torch.int64, device=device)
     noise = torch.empty(args.batch_size, action_dim, device=device)
     in_force = copy.copy(args)  # its lam, nu and gamma change online, also in a compiled update

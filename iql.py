@@ -300,6 +300,8 @@ class Replay:
         device = agent.mean.device
         self.rows = Batch(*(torch.cat(parts).to(device) for parts in zip(dataset, room, strict=True)))
         self.ends, self.returns = [], []  # of the online episodes: the row after their last, their return
+        env.action_space.seed(args.seed)
+        self.begin_episode()
 
     def begin_episode(self):
         """Reset with a seed of the episode's own, far from evaluation's."""
@@ -337,6 +339,7 @@ class Replay:
         self.total_reward = math.nan  # of the cut episode
         if self.size > (self.ends or [self.first])[-1]:
             self.end_episode()
+        self.begin_episode()
 
 
 # ---- end of replay ----
@@ -840,7 +843,6 @@ def main(args):
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:
         replay.restore(checkpoint["online"])
-    replay.begin_episode()
     index = torch.empty(args.batch_size, dtype=torch.int64, device=device)
 
     def update_on_batch(update_actor):
