@@ -633,7 +633,7 @@ def normalized_score(args, mean_return):
         random, expert = 0.0, 1.0
     elif args.env_id in D4RL_SHA256:
         _, random, expert = D4RL_ROBOTS[args.env_id.split("-")[0]]
-    elif not args.dataset_path:
+    elif not args.dataset_path and args.env_id not in gym.registry:
         metadata = open_minari(args.env_id).storage.metadata
         random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
     if random is None or expert is None:
