@@ -649,9 +649,8 @@ class Adam(nn.Module):
             self.m.lerp_(gradient, 1 - 0.9)
             self.v.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
             divisor = self.v.sqrt().add_(1e-8 * root).mul_(bias1 / (root * self.learning_rate))
-            changes = (self.m / divisor).split(self.sizes)
-            for p, change in zip(self.net_parameters, changes, strict=True):
-                p.sub_(change.view_as(p))
+            changes = zip((self.m / divisor).split(self.sizes), self.net_parameters, strict=True)
+            torch._foreach_sub_(self.net_parameters, [x.view_as(p) for x, p in changes])
 
 
 def accelerate(step, args, device):
