@@ -1,78 +1,166 @@
-"""Rollouts of a trained agent as a Minari set; those of a TD3 that was stopped half-way are what D4RL calls medium.
+"""A run as a Minari set: roll-outs of its agent, or the transitions of its online steps.
 
-    python benchmark/collect.py runs/Hopper-v5__dmg_finetune__0__1795000000 own/hopper/medium-v0
+    python benchmark/collect.py runs/RUN own/hopper/medium-v0
+    python benchmark/collect.py runs/RUN own/hopper/medium-replay-v0 --replay
 
-Nothing is written before the end, and then all at once.
+RUN is the folder of a run of any of the four scripts, with --replay of dmg_finetune.py. A TD3 from scratch,
+stopped half-way, makes what D4RL calls medium and medium-replay. The set is written as a whole or not at all.
 """
 
 import dataclasses
+import importlib
+import itertools
+import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import gymnasium as gym
+import minari
 import numpy as np
 import torch
 import tyro
+from gymnasium.spaces import Box, Dict, flatdim
+from minari.data_collector import EpisodeBuffer
+from minari.storage.datasets_root_dir import get_dataset_path
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dmg_finetune as dmg
 
+SCRIPTS = {"offline_steps": "dmg_finetune", "online_steps": "iql", "lam": "dmg_offline"}  # by an argument
+
 
 @dataclasses.dataclass
 class Args:
     run: tyro.conf.Positional[str]
-    """run folder of dmg_finetune.py whose last agent acts"""
+    """run folder"""
     dataset_id: tyro.conf.Positional[str]
-    """Minari id of the set, written into $MINARI_DATASETS_PATH or ~/.minari/datasets"""
+    """Minari id of the new set, in $MINARI_DATASETS_PATH or ~/.minari/datasets"""
+    replay: bool = False
+    """write the run's online transitions instead of new roll-outs"""
     transitions: int = 300_000
-    """number of environment steps, at least 1"""
+    """environment steps of the roll-outs"""
     noise: float = 0.1
-    """standard deviation of the noise on the actions, 0 or more, in units of the action range [-1, 1]"""
+    """standard deviation of the noise on their actions, in units of the action range [-1, 1]"""
     seed: int = 100
-    """seed of noise and episodes, [0, 1e9]; one that no training has, or the episodes start where its own did"""
+    """of noise and episodes; one that no training has, or the episodes start where its own did"""
 
 
-def collect(args: Args) -> None:
-    """Act for args.transitions steps and write them as dmg_finetune.py --save-dataset does. Raises dmg.Stop."""
-    checkpoint = dmg.load_checkpoint(args.run)
-    saved = {"save_dataset": args.dataset_id, "online_steps": args.transitions, "seed": args.seed}
-    trained = dataclasses.replace(checkpoint["args"], num_seeds=1, **saved)
-    dmg.require(args.transitions > 0, f"--transitions {args.transitions}: at least 1 is needed.")
-    dmg.require(0 <= args.noise < float("inf"), f"--noise {args.noise}: a number of 0 or more is needed.")
-    dmg.require(0 <= args.seed <= 10**9, f"--seed {args.seed} is outside [0, 1e9].")
-    dmg.check_save_dataset(trained)
-    plain = trained.from_scratch and ("/" not in trained.env_id or trained.env_id in gym.registry)
-    source = None if plain else dmg.open_minari(trained)
-    env = dmg.make_env(trained, source)
+def script_of(folder):
+    """The script that made a run folder."""
+    saved = json.loads(Path(folder, "args.json").read_text())
+    name = next((name for key, name in SCRIPTS.items() if key in saved), "td3bc")
+    return importlib.import_module(name)
+
+
+def roll_out(args, env, agent, env_id):
+    """Act for args.transitions steps: transitions as dmg_finetune.py saves them, states not normalised."""
     (state_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
-    agent = dmg.Agent(state_dim, action_dim, trained)
+    widths = (state_dim,), (action_dim,), (), (state_dim,), ()
+    nothing = dmg.Batch(*(torch.empty(0, *width) for width in widths))
+    settings = dmg.Args(env_id=env_id, from_scratch=True, online_steps=args.transitions, seed=args.seed)
+    new_agent = dmg.Agent(state_dim, action_dim, settings)  # its mean is 0 and its std 1
+    replay = dmg.Replay(nothing, env, new_agent, settings)
+    rng = np.random.default_rng(args.seed)
+    replay.begin_episode()
+    for _ in trange(args.transitions, unit="step"):
+        noise = args.noise * rng.standard_normal(action_dim)
+        action = agent.act(replay.observation[None])[0] + noise
+        replay.step(np.clip(action, -1, 1).astype(np.float32))
+    return replay.state()
+
+
+def saved_replay(checkpoint, trained, agent):
+    """The online transitions of a run of dmg_finetune.py, states not normalised, episode ends from 0."""
+    online, first = checkpoint["online"], 0
+    for k in (0, 3):  # observations, next observations
+        online["rows"][k] = online["rows"][k] * agent.std + agent.mean
+    if not trained.from_scratch:  # ends are counted from the dataset's first row
+        first = len(dmg.load_dataset(trained)[0].rewards)
+    online["ends"] = [end - first for end in online["ends"]]
+    return online
+
+
+def nest(space, x):
+    """Flat observations, (n, flatdim(space)), in the form of the space."""
+    if isinstance(space, Box):
+        return x.reshape(-1, *space.shape)
+    named = isinstance(space, Dict)
+    parts = list(space.values() if named else space)
+    ends = np.cumsum([flatdim(part) for part in parts])
+    pieces = np.split(x, ends[:-1], -1)
+    nested = [nest(part, piece) for part, piece in zip(parts, pieces, strict=True)]
+    return dict(zip(space.keys(), nested, strict=True)) if named else tuple(nested)
+
+
+def episodes(online, spaces, antmaze):
+    """Minari's buffers of transitions, as the environment gave and took them."""
+    space, box = spaces
+    s, a, r, next_s, terminated = (x.numpy() for x in online["rows"])
+    a = a * (box.high - box.low) / 2 + (box.high + box.low) / 2
+    bounds = sorted({0, *online["ends"], len(r)})
+    for start, end in itertools.pairwise(bounds):
+        over = terminated[start:end] == 1
+        last = np.arange(start, end) == end - 1
+        yield EpisodeBuffer(
+            observations=nest(space, np.concatenate([s[start:end], next_s[end - 1 : end]])),
+            actions=a[start:end].astype(np.float32),
+            rewards=r[start:end] + antmaze,  # the scripts train on 0 and -1
+            terminations=over,
+            truncations=last & ~over,
+        )
+
+
+def description(trained, env):
+    """The environment's spec, and the returns that mean a score of 0 and 100 if D4RL knows the robot."""
+    spec = dataclasses.replace(env.spec, additional_wrappers=())  # without those of make_env
+    if not trained.dataset_path and trained.env_id not in gym.registry:
+        source = dmg.open_minari(trained.env_id)
+        spec = source._eval_env_spec or source.env_spec  # with its wrappers
+    found = {"env": spec}
+    robot = spec.id.split("-")[0].lower()
+    if robot in dmg.D4RL_ROBOTS:
+        _, found["ref_min_score"], found["ref_max_score"] = dmg.D4RL_ROBOTS[robot]
+    return found
+
+
+def collect(args):
+    """Write the set. Raises InputError and OSError."""
+    script = script_of(args.run)
+    trained = script.read_args(args.run)
+    if args.replay and script.__name__ != "dmg_finetune":
+        raise dmg.InputError(f"{args.run} is of {script.__name__}.py: --replay needs one of dmg_finetune.py")
+    if trained.env_id in dmg.D4RL_SHA256:
+        raise dmg.InputError(f"a Minari set needs a Gymnasium environment, which {trained.env_id} has not")
+    target = get_dataset_path(args.dataset_id)
+    if target.exists():
+        raise dmg.InputError(f"{target} exists: delete it or give another id")
+    env = script.make_env(trained)
+    agent = script.Agent(*env.observation_space.shape, *env.action_space.shape, trained)
+    checkpoint = torch.load(Path(args.run, "checkpoint.pt"), map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
-    widths = {"observations": (state_dim,), "actions": (action_dim,), "next_observations": (state_dim,)}
-    nothing = dmg.Batch(*(torch.empty(0, *widths.get(name, ())) for name in dmg.Batch._fields))
-    with dmg.explain(f"cannot hold {args.transitions:,} transitions in memory"):
-        replay = dmg.Replay(nothing, args.transitions, "cpu")
-    explorer = dmg.Explorer(env, replay, agent, trained)
-    explorer.begin()
-    generator = torch.Generator().manual_seed(args.seed)
-    for _ in trange(args.transitions, unit=" steps", desc=args.dataset_id):
-        noise = args.noise * torch.randn(action_dim, generator=generator)
-        with torch.no_grad():
-            action = (agent.actor(explorer.state[None])[0] + noise).clamp(-1, 1)
-        explorer.step(action)
-    if explorer.episodes:
-        returns = np.array([episode[1] for episode in explorer.episodes])
-        score = dmg.normalized_score(trained, source, returns).mean()
-        print(f"{len(returns):,} whole episodes, return {returns.mean():.1f} +- {returns.std():.1f}, score {score:.1f}")
-    references = dmg.reference_returns(trained, source)
-    dmg.write_dataset(trained, explorer, (None, None) if references == (0, 100) else references)
+    if args.replay:
+        online = saved_replay(checkpoint, trained, agent)
+    else:
+        online = roll_out(args, env, agent, trained.env_id)
+    buffers = list(episodes(online, env.recorded_spaces, dmg.is_antmaze(trained)))
+    facts = description(trained, env) | {"algorithm_name": script.__name__}
+    root = get_dataset_path()
+    with tempfile.TemporaryDirectory(prefix=".", dir=root) as temporary:
+        os.environ["MINARI_DATASETS_PATH"] = temporary  # Minari would write in place
+        minari.create_dataset_from_buffers(args.dataset_id, buffers, **facts)
+        os.environ["MINARI_DATASETS_PATH"] = str(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(Path(temporary, args.dataset_id), target)
+    returns = [buffer.rewards.sum() for buffer in buffers]
+    print(f"{target}: {len(buffers):,} episodes, return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
 
 
 if __name__ == "__main__":
     try:
         collect(tyro.cli(Args))
-    except dmg.Stop as stop:
-        print(stop.args[0], file=sys.stderr)
-        sys.exit(stop.args[1])
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (OSError, ValueError) as error:  # InputError is a ValueError, and each script has its own
+        print(error, file=sys.stderr)
+        sys.exit(2)

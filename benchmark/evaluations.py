@@ -1,184 +1,199 @@
-"""Run folders -> evaluations.csv (a row for each evaluation) -> runs -> cells (runs that differ in seed alone)."""
+"""Run folders -> a row for each evaluation -> runs -> cells, whose runs differ in their seed alone."""
 
-import io
 import json
-import os
-import pickle
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PAPER = pd.read_csv(Path(__file__).with_name("paper.csv"))
 D4RL = [name for name in PAPER.env_id[PAPER.table == 6] if name.endswith("-v2")]
-# runs that agree in all of these differ in their seed alone: a cell of a table
-CELL = ["script", "env_id", "dataset", "in_sample", "lam", "nu", "gradient_steps", "online_steps", "flags"]
+SCRIPTS = {"offline_steps": "dmg_finetune", "online_steps": "iql", "lam": "dmg_offline"}  # by an argument
+CELL = ["algorithm", "env_id", "dataset", "lam", "nu", "gradient_steps", "online_steps", "flags"]
 RUN = [*CELL, "seed", "run"]
-COLUMNS = ["step", "return_mean", "return_std", "normalized_score", "length_mean", "episodes", "wall_seconds"]
-COLUMNS = [*RUN, "machine", *COLUMNS, "q_values", "diverged"]
-WORDS = ["script", "env_id", "dataset", "in_sample", "flags", "run", "machine"]
-# arguments that do not change what is learned or how it is scored, and what else args.json holds
-ASIDE = {*CELL, "seed", "dataset_path", "offline_steps", "checkpoint", "save_dataset", "resume", "eval_only", "cuda"}
-ASIDE |= {"torch_deterministic", "matmul_precision", "compile", "cudagraphs", "num_seeds", "eval_frequency", "track"}
-ASIDE |= {"capture_video", "wandb_project_name", "wandb_entity", "torch", "gymnasium", "mujoco", "minari", "commit"}
+COLUMNS = ["step", "return_mean", "return_std", "normalized_score", "episodes", "wall_seconds"]
+COLUMNS = [*RUN, *COLUMNS, "q_values", "diverged"]
+# arguments that do not change what is learned or how it is scored, and those that have a column
+ASIDE = {
+    *CELL,
+    "seed",
+    "dataset_path",
+    "offline_steps",
+    "checkpoint",
+    "resume",
+    "cuda",
+    "torch_deterministic",
+}
+ASIDE |= {"matmul_precision", "compile", "cudagraphs", "eval_frequency", "capture_video", "track", "exp_name"}
+ASIDE |= {"wandb_project_name", "wandb_entity", "versions", "from_scratch"}
+# what older versions wrote
+ASIDE |= {"save_dataset", "eval_only", "num_seeds", "torch", "gymnasium", "mujoco", "minari", "commit"}
 
 
-def refuse(condition: bool, sentence: str) -> None:
-    if condition:
-        print(sentence, file=sys.stderr)
-        sys.exit(2)
+def is_antmaze(env_id):
+    return "antmaze" in env_id.lower().replace("_", "")
 
 
-def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Let `writer` write under a temporary name, then rename: `path` is never half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"tmp-{path.name}")
-    writer(temporary)
-    os.replace(temporary, path)
+def algorithm(args):
+    """Name in the paper's tables, or --exp-name where the user gave one."""
+    script = next((script for key, script in SCRIPTS.items() if key in args), "td3bc")
+    if args.get("exp_name", script) != script:
+        return args["exp_name"]
+    if args.get("from_scratch"):
+        return "TD3"
+    if script == "td3bc":
+        return "TD3BC"
+    name = args["in_sample"].upper()
+    if script == "iql":
+        return name
+    return "DMG" if name == "IQL" else f"{name}+DMG"
 
 
-def read_run(folder: Path, machine: str) -> list[dict]:
-    """Rows of COLUMNS: one when the run began (step 0), one for each evaluation, one where it diverged."""
-    args, checkpoint = json.loads((folder / "args.json").read_text()), folder / "checkpoint.pt"
-    if checkpoint.exists():  # flags given beside --resume are in it alone
-        args |= torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["args"]
-    _, script, _, _ = folder.name.rsplit("__", 3)
-    csv = folder / "eval.csv"
-    evaluations = pd.read_csv(csv, float_precision="round_trip") if csv.exists() else pd.DataFrame({"step": []})
+def scalars(folder, tag):
+    """{step: value} of a TensorBoard tag; nothing where the log or the tag is missing."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = events.Tags()["scalars"]
-    q = {e.step: e.value for e in events.Scalars("losses/q_values")} if "losses/q_values" in tags else {}
-    diverged = {e.step for e in events.Scalars("eval/diverged")} if "eval/diverged" in tags else set()
+    if tag not in events.Tags()["scalars"]:
+        return {}
+    return {event.step: event.value for event in events.Scalars(tag)}
 
+
+def read_run(path):
+    """Rows of COLUMNS, one for each evaluation and one where it diverged.
+
+    path: args.json of a run folder, or NAME.json beside NAME.csv, copies of args.json and eval.csv.
+    """
+    kept = path.name != "args.json"
+    csv = path.with_suffix(".csv") if kept else path.with_name("eval.csv")
+    args = json.loads(path.read_text())
+    data = pd.read_csv(csv, float_precision="round_trip") if csv.exists() else pd.DataFrame({"step": []})
+    q_values = {} if kept else scalars(path.parent, "losses/q_values")
+    diverged = {} if kept else scalars(path.parent, "eval/diverged")
+    data["q_values"] = data.step.map(q_values)
+    data["diverged"] = 0
+    if diverged:
+        data = pd.concat([data, pd.DataFrame({"step": list(diverged), "diverged": 1})])
+    if args.get("in_sample") == "iql":
+        args.pop("in_sample_temperature")  # not in use
+    if args.get("normalize_states") == (not is_antmaze(args["env_id"])):
+        args.pop("normalize_states")  # the default, which older versions did not write
     online = args.get("online_steps", 0)
-    steps = args["gradient_steps"] if "gradient_steps" in args else args["offline_steps"]
-    fixed = {"script": script, "run": folder.name, "machine": machine, "dataset": Path(args["dataset_path"] or "").name}
-    fixed |= {name: args.get(name) for name in ("env_id", "in_sample", "lam", "nu", "seed")}
-    # a run that was resumed with more steps is a longer run
-    fixed |= {"gradient_steps": max([steps, *(evaluations.step - online)]), "online_steps": online}
-    fixed["flags"] = " ".join(f"{name}={value}" for name, value in sorted(args.items()) if name not in ASIDE)
-    rows = {0: {}} | {row["step"]: row for row in evaluations.to_dict("records")} | {step: {} for step in diverged}
-    return [
-        fixed | row | {"step": int(step), "q_values": q.get(step), "diverged": int(step in diverged)}
-        for step, row in rows.items()
-    ]
+    offline = args.get("gradient_steps", args.get("offline_steps"))
+    data["algorithm"] = algorithm(args)
+    data["run"] = path.stem if kept else path.parent.name
+    data["dataset"] = Path(args["dataset_path"] or "").name
+    for name in ("env_id", "lam", "nu", "seed"):
+        data[name] = args.get(name)
+    # an older run that was resumed with more steps is a longer run
+    data["gradient_steps"] = 0 if args.get("from_scratch") else max([offline, *(data.step - online)])
+    data["online_steps"] = online
+    flags = sorted((name, value) for name, value in args.items() if name not in ASIDE and value is not None)
+    data["flags"] = " ".join(f"{name}={value}" for name, value in flags)
+    return data.reindex(columns=COLUMNS)
 
 
-def read_csv(source: Path | io.StringIO) -> pd.DataFrame:
-    data = pd.read_csv(source, dtype=dict.fromkeys(WORDS, str), float_precision="round_trip")
-    refuse(missing := sorted(set(COLUMNS) - set(data)), f"{source} lacks the columns {', '.join(missing)}.")
-    return data[COLUMNS].fillna(dict.fromkeys(WORDS, ""))
-
-
-def collect(folders: tuple[Path, ...], path: Path, machine: str) -> pd.DataFrame:
-    """The rows of `path` and what is new in `folders`, each evaluation once; written back to `path`."""
-    rows = []
-    for folder in folders:
-        refuse(not folder.is_dir(), f"there is no folder {folder}.")
-        for found in sorted(folder.rglob("args.json")):
+def collect(sources):
+    """The evaluations of all runs below these folders and in report.py's earlier files. Raises ValueError."""
+    found = []
+    for source in map(Path, sources):
+        if source.suffix == ".csv" and source.exists():
+            found.append(pd.read_csv(source, float_precision="round_trip")[COLUMNS])
+        for path in sorted(source.rglob("*.json")):
+            if path.name != "args.json" and not path.with_suffix(".csv").exists():
+                continue
             try:
-                rows += read_run(found.parent, machine)
-            except (ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-                refuse(True, f"{found.parent} is no run folder of these scripts: {error!r}. Move it away.")
-    refuse(
-        not rows and not path.exists(),
-        "no runs: give folders that hold run folders, or a --folder with an evaluations.csv.",
-    )
-    old = [read_csv(path)] if path.exists() else []
-    # through text, so that old and new numbers are equal when they look equal
-    new = [read_csv(io.StringIO(pd.DataFrame(rows).reindex(columns=COLUMNS).to_csv(index=False)))] if rows else []
-    data = pd.concat([*old, *new], ignore_index=True)
-    data["machine"] = data.groupby(RUN, dropna=False).machine.transform("max")  # known once, known for ever
-    data = data.drop_duplicates([*RUN, "step"], keep="last").sort_values([*RUN, "step"], ignore_index=True)
-    write(path, lambda temporary: data.to_csv(temporary, index=False))
-    return data
+                found.append(read_run(path))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path.parent} is no run of these scripts: {error!r}") from error
+    if not found:
+        raise ValueError(f"no runs in {' '.join(map(str, sources))}")
+    data = pd.concat([x.dropna(axis=1, how="all") for x in found], ignore_index=True).reindex(columns=COLUMNS)
+    for name in ("dataset", "flags"):
+        data[name] = data[name].fillna("")
+    return data.drop_duplicates([*RUN, "step", "diverged"], keep="last").sort_values([*RUN, "step"])
 
 
-def summarise_runs(data: pd.DataFrame) -> pd.DataFrame:
-    """One row for each cell and seed: the state of its run, the last score, Q and time, the score at the hand-over."""
+def kind_of(env_id, dataset):
+    """What must not share a table: D4RL's own files, D4RL made again, mazes and robots, and all else."""
+    if env_id not in D4RL:
+        return "other data"
+    origin = "D4RL made again" if dataset else "D4RL v2"
+    return f"{origin}, {'AntMaze' if is_antmaze(env_id) else 'locomotion'}"
+
+
+def summarise_runs(data):
+    """One row for each cell and seed: the state of its run, last score, Q and time, the hand-over's score."""
     runs = []
     for key, run in data.groupby(RUN, dropna=False):
         row = dict(zip(RUN, key, strict=True))
-        scored = run.dropna(subset="normalized_score")
-        # standard error of a score over its episodes: all that is known of the spread of one seed
-        spread = [np.ptp(scored[name]) if len(scored) else 0.0 for name in ("normalized_score", "return_mean")]
-        scale = spread[0] / spread[1] if spread[1] else 0.0
-        scored = scored.assign(error=scale * scored.return_std / np.sqrt(scored.episodes))
-        last = scored.iloc[-1] if len(scored) else run.iloc[0]
-        handed_over = scored[scored.step == row["gradient_steps"]]
-        diverged = run.step[run.diverged == 1].max() > last.step
-        finished = len(scored) > 0 and last.step >= row["gradient_steps"] + row["online_steps"]
-        row |= {name: last[name] for name in ("machine", "step", "normalized_score", "wall_seconds", "q_values")}
-        row |= {"raw": last.normalized_score == last.return_mean != 0, "normalized_score_error": last.get("error")}
-        row |= {"handed_over": handed_over.normalized_score.max(), "handed_over_error": handed_over.error.max()}
-        runs.append(row | {"state": "diverged" if diverged else "finished" if finished else "unfinished"})
-    runs = pd.DataFrame(runs)
-    # a seed that was run twice counts once: the run that came furthest
-    rank = runs.state.map({"finished": 2, "diverged": 1, "unfinished": 0})
-    order = runs.assign(rank=rank).sort_values(["rank", "step", "run"], ascending=False).index
-    return runs.loc[order].drop_duplicates([*CELL, "seed"]).sort_values([*CELL, "seed"], ignore_index=True)
+        evaluated = run[run.diverged == 0]
+        # without reference returns there is no score
+        score = evaluated.normalized_score.fillna(evaluated.return_mean)
+        row |= {
+            "state": "unfinished",
+            "step": 0,
+            "score": np.nan,
+            "raw": evaluated.normalized_score.isna().all(),
+        }
+        if len(evaluated):
+            last = evaluated.iloc[-1]
+            row |= {name: last[name] for name in ("step", "q_values", "wall_seconds")}
+            row["score"] = score.iloc[-1]
+            row["handed_over"] = score[evaluated.step == row["gradient_steps"]].max()
+        if row["step"] >= row["gradient_steps"] + row["online_steps"]:
+            row["state"] = "finished"
+        if run[run.diverged == 1].step.max() > row["step"]:
+            row["state"] = "diverged"
+        runs.append(row)
+    # of a seed that was run twice the run that came furthest counts
+    runs = pd.DataFrame(runs).sort_values(["step", "run"]).drop_duplicates([*CELL, "seed"], keep="last")
+    return runs.sort_values([*CELL, "seed"], ignore_index=True)
 
 
-def algorithm(cell: pd.Series) -> str | None:
-    """Name in the paper's tables, None for other scripts."""
-    name = cell.in_sample.upper()
-    if cell.script == "dmg_finetune" and cell.gradient_steps == 0:
-        return "TD3"
-    if cell.script.startswith("dmg_"):
-        return "DMG" if name == "IQL" else f"{name}+DMG"
-    return {"iql": name, "td3bc": "TD3BC"}.get(cell.script)
+def is_default(cell):
+    """Whether lam and nu are those of App. C.1."""
+    if "DMG" not in cell.algorithm:
+        return True
+    nu = 10 if "expert" in cell.env_id + cell.dataset else 0.1
+    return cell.lam == 0.25 and cell.nu == (0.5 if is_antmaze(cell.env_id) else nu)
 
 
-def is_paper_setting(cell: pd.Series) -> bool:
-    """lam and nu of App. C.1, which knows no nu for a file of the user's own: any will do there."""
-    if "DMG" not in (cell.algorithm or ""):
-        return cell.algorithm is not None
-    if cell.dataset:
-        return cell.lam == 0.25
-    antmaze, name = "antmaze" in cell.env_id.lower().replace("_", ""), Path(cell.env_id).name + cell.dataset
-    return cell.lam == 0.25 and cell.nu == (0.5 if antmaze else 10 if "expert" in name else 0.1)
+def summarise_cells(runs):
+    """One row for each cell: mean and sample deviation of the last scores of its finished runs.
 
-
-def summarise_cells(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row for each cell: mean, sample standard deviation and 95 % interval (Student's t) over finished seeds."""
+    Where none has finished, of its unfinished ones; `step` is then the first of their last steps.
+    """
     cells = []
     for key, cell in runs.groupby(CELL, dropna=False):
-        row, done = dict(zip(CELL, key, strict=True)), cell[cell.state == "finished"]
-        n, std = len(done), done.normalized_score.std()
-        row |= {"n": n, "mean": done.normalized_score.mean(), "std": std, "raw": cell.raw.any()}
-        row |= {"ci": stats.t.ppf(0.975, n - 1) * std / np.sqrt(n) if n > 1 else np.nan}
-        row |= {"handed_over": done.handed_over.mean(), "handed_over_std": done.handed_over.std()}
-        row |= {state: (cell.state == state).sum() for state in ("diverged", "unfinished")}
+        row = dict(zip(CELL, key, strict=True))
+        counted = cell[cell.state == "finished"]
+        if counted.empty:
+            counted = cell[(cell.state == "unfinished") & cell.score.notna()]
+        row |= {"n": len(counted), "step": counted.step.min(), "raw": cell.raw.all()}
+        row |= {"mean": counted.score.mean(), "std": counted.score.std(), "q_values": counted.q_values.mean()}
+        row |= {"handed_over": counted.handed_over.mean(), "handed_over_std": counted.handed_over.std()}
+        row["hours"] = (counted.wall_seconds / counted.step).mean() * 1e6 / 3600
+        for state in ("diverged", "unfinished"):
+            row[state] = (cell.state == state).sum()
         cells.append(row)
     cells = pd.DataFrame(cells)
-    d4rl = cells.env_id.isin(D4RL) & (cells.dataset == "")  # a file given by hand may hold anything
-    domain = np.where(cells.env_id.str.startswith("antmaze"), "antmaze", "locomotion")
-    cells["data"] = np.where(d4rl, [f"D4RL v2 {name}" for name in domain], "other data")
+    cells["data"] = cells.apply(lambda cell: kind_of(cell.env_id, cell.dataset), axis=1)
     cells["set"] = cells.env_id + cells.dataset.map(lambda name: f" ({name})" if name else "")
-    order = [name for name in D4RL if name in set(cells["set"])]  # the paper's
-    cells["set"] = pd.Categorical(cells["set"], [*order, *sorted(set(cells["set"]) - set(order))])
-    cells["algorithm"] = cells.apply(algorithm, axis=1)
-    cells["paper_setting"] = cells.apply(is_paper_setting, axis=1)
-    return cells
+    cells["rank"] = [[*D4RL, x].index(x) for x in cells.env_id]  # the paper's order
+    cells["default"] = cells.apply(is_default, axis=1)
+    return cells.sort_values(["data", "rank", "set", "algorithm"], ignore_index=True)
 
 
-def of_cell(rows: pd.DataFrame, cell: pd.Series) -> pd.DataFrame:
+def choose(cells):
+    """The cells of the tables: the paper's lam and nu, and of other flags those with the most runs."""
+    chosen = cells[cells.default].sort_values("n", ascending=False, kind="stable")
+    chosen = chosen.drop_duplicates(["algorithm", "set", "data", "gradient_steps", "online_steps"])
+    return chosen.sort_index()
+
+
+def of_cell(rows, cell):
     """The rows that belong to a cell; an empty lam equals an empty lam."""
-    same = [(rows[name] == cell[name]) | (rows[name].isna() & pd.isna(cell[name])) for name in CELL]
-    return rows[np.logical_and.reduce(same)]
-
-
-def choose(cells: pd.DataFrame) -> pd.DataFrame:
-    """The paper's settings, and of those the flags with the most finished seeds: one cell for each place in a table.
-
-    Of nu and flags with as many seeds each, those that have the most over all sets.
-    """
-    cells = cells.assign(everywhere=cells.groupby(["nu", "flags"], dropna=False).n.transform("sum"))
-    cells = cells[cells.paper_setting].sort_values(["n", "everywhere"], ascending=False, kind="stable")
-    cells = cells.drop_duplicates(["algorithm", "set", "data", "gradient_steps", "online_steps"])
-    return cells.sort_index()
+    same = np.ones(len(rows), bool)
+    for name in CELL:
+        same &= (rows[name] == cell[name]) | (rows[name].isna() & pd.isna(cell[name]))
+    return rows[same]

@@ -1,100 +1,119 @@
-"""DMG's update in JAX, jit and scan: the yardstick of throughput.py, nothing else. The same networks and arithmetic."""
+"""DMG's update in JAX, jit and scan: the same networks and arithmetic, for throughput.py alone."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
+from jax import tree
 
-GAMMA, LAM, NU, EXPECTILE, TEMPERATURE, MAX_WEIGHT, XI, LR = 0.99, 0.25, 0.1, 0.7, 3.0, 3.0, 0.005, 3e-4
 
-
-def init(key, n_in, n_out, twins=()):
-    sizes, layers = ((n_in, 256), (256, 256), (256, n_out)), []
-    for k, (i, o) in zip(jax.random.split(key, 3), sizes, strict=True):
-        layers.append(
-            [jax.random.uniform(k, (*twins, *s), minval=-(i**-0.5), maxval=i**-0.5) for s in ((i, o), (1, o))]
-        )
+def mlp_init(key, n_in, n_out, *nets):
+    layers = []
+    for size in ((n_in, 256), (256, 256), (256, n_out)):
+        w = jax.random.normal(key, (*nets, *size))
+        b = jnp.zeros((*nets, 1, size[1]))
+        layers.append((w / size[0] ** 0.5, b))
     return layers
 
 
-def mlp(layers, x):
+def mlp(layers, *inputs):
+    x = jnp.concatenate(inputs, -1)
     for w, b in layers[:-1]:
         x = jax.nn.relu(x @ w + b)
     w, b = layers[-1]
     return x @ w + b
 
 
-def actor(p, s):
-    return jnp.tanh(mlp(p, s))
+def q_values(p, s, a):
+    return mlp(p, s, a)[..., 0]
 
 
-def value(p, s):
-    return mlp(p, s)[..., 0]
-
-
-def critic(p, s, a):
-    return mlp(p, jnp.concatenate([s, a], -1))[..., 0]  # (2, B)
-
-
-def adam(p, g, state):
+def adam(loss, p, state):
+    """One step of Adam on loss(p)."""
     m, v, t = state
+    g = jax.grad(loss)(p)
+    m = tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
+    v = tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, g)
     t = t + 1
-    m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, g)
-    v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, v, g)
-    scale, size = jnp.sqrt(1 - 0.999**t), LR / (1 - 0.9**t)
-    return jax.tree.map(lambda p, m, v: p - size * m / (jnp.sqrt(v) / scale + 1e-8), p, m, v), (m, v, t)
+    rate = 3e-4 / (1 - 0.9**t)
+    root = jnp.sqrt(1 - 0.999**t)
+
+    def step(p, m, v):
+        return p - rate * m / (jnp.sqrt(v) / root + 1e-8)
+
+    return tree.map(step, p, m, v), (m, v, t)
 
 
 def start(key, state_dim, action_dim):
-    k1, k2, k3 = jax.random.split(key, 3)
-    nets = {"pi": init(k1, state_dim, action_dim), "v": init(k2, state_dim, 1)}
-    nets["q"] = init(k3, state_dim + action_dim, 1, (2,))
-    zeros = lambda name: jax.tree.map(jnp.zeros_like, nets[name])  # noqa: E731
-    opts = {name: (zeros(name), zeros(name), jnp.zeros(())) for name in nets}
-    copies = {name + "_target": jax.tree.map(jnp.copy, nets[name]) for name in ("pi", "q")}
-    return nets | copies, opts
+    nets = {
+        "pi": mlp_init(key, state_dim, action_dim),
+        "v": mlp_init(key, state_dim, 1),
+        "q": mlp_init(key, state_dim + action_dim, 1, 2),
+    }
+    states = {}
+    for name, net in nets.items():
+        m = tree.map(jnp.zeros_like, net)
+        v = tree.map(jnp.zeros_like, net)
+        states[name] = m, v, jnp.zeros(())
+    for name in ("pi", "q"):
+        nets[f"{name}_target"] = tree.map(jnp.copy, nets[name])
+    return nets, states
 
 
-def update(nets, opts, batch, noise, update_actor):
-    s, a, r, s2, terminated = batch
-    target_q = critic(nets["q_target"], s, a).min(0)
+def update(nets, states, batch, noise, update_actor):
+    s, a, r, next_s, terminated = batch
+    nets = dict(nets)
+    states = dict(states)
+    target_q = q_values(nets["q_target"], s, a).min(0)
 
     def value_loss(p):
-        u = target_q - value(p, s)
-        return (jnp.abs(EXPECTILE - (u < 0)) * u**2).mean()
+        u = target_q - mlp(p, s)[..., 0]
+        expectile = jnp.abs(0.7 - (u < 0))
+        return (expectile * u**2).mean()
 
-    v, opt_v = adam(nets["v"], jax.grad(value_loss)(nets["v"]), opts["v"])
-    a2 = jnp.clip(actor(nets["pi_target"], s2) + jnp.clip(0.2 * noise, -0.5, 0.5), -1, 1)
-    y = r + GAMMA * (1 - terminated) * (LAM * critic(nets["q_target"], s2, a2).min(0) + (1 - LAM) * value(v, s2))
-    q, opt_q = adam(nets["q"], jax.grad(lambda p: ((critic(p, s, a) - y) ** 2).mean(1).sum())(nets["q"]), opts["q"])
-    nets, opts = nets | {"v": v, "q": q}, opts | {"v": opt_v, "q": opt_q}
-    if update_actor:
-        weight = jnp.exp(jnp.minimum(TEMPERATURE * (target_q - value(v, s)), math.log(MAX_WEIGHT)))
+    nets["v"], states["v"] = adam(value_loss, nets["v"], states["v"])
+    smoothing = jnp.clip(0.2 * noise, -0.5, 0.5)
+    next_a = jnp.clip(jnp.tanh(mlp(nets["pi_target"], next_s)) + smoothing, -1, 1)
+    mild = q_values(nets["q_target"], next_s, next_a).min(0)
+    in_sample = mlp(nets["v"], next_s)[..., 0]
+    y = r + 0.99 * (1 - terminated) * (0.25 * mild + 0.75 * in_sample)
 
-        def actor_loss(p):
-            pi = actor(p, s)
-            q_pi = critic(q, s, pi).min(0)
-            scale = jax.lax.stop_gradient(jnp.abs(q_pi).mean())
-            return -q_pi.mean() / scale + NU * (weight[:, None] * (pi - a) ** 2).mean()
+    def critic_loss(p):
+        error = q_values(p, s, a) - y
+        return (error**2).mean(1).sum()
 
-        pi, opt_pi = adam(nets["pi"], jax.grad(actor_loss)(nets["pi"]), opts["pi"])
-        nets, opts = nets | {"pi": pi}, opts | {"pi": opt_pi}
-        for name in ("pi", "q"):
-            nets[name + "_target"] = jax.tree.map(lambda t, p: t + XI * (p - t), nets[name + "_target"], nets[name])
-    return nets, opts
+    nets["q"], states["q"] = adam(critic_loss, nets["q"], states["q"])
+    if not update_actor:
+        return nets, states
+    advantage = target_q - mlp(nets["v"], s)[..., 0]
+    weight = jnp.minimum(jnp.exp(3 * advantage), 3)
+
+    def actor_loss(p):
+        pi = jnp.tanh(mlp(p, s))
+        q = q_values(nets["q"], s, pi).min(0)
+        scale = jax.lax.stop_gradient(jnp.abs(q).mean())
+        penalty = (weight[:, None] * (pi - a) ** 2).mean()
+        return -q.mean() / scale + 0.1 * penalty
+
+    nets["pi"], states["pi"] = adam(actor_loss, nets["pi"], states["pi"])
+    for name in ("pi", "q"):
+        target = nets[f"{name}_target"]
+        nets[f"{name}_target"] = tree.map(lambda t, p: t + 0.005 * (p - t), target, nets[name])
+    return nets, states
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "batch_size"), donate_argnums=(0, 1))
-def train(nets, opts, data, key, steps, batch_size=256):
+@functools.partial(jax.jit, static_argnames="steps", donate_argnums=(0, 1))
+def train(nets, states, data, key, steps):
     """`steps` iterations, an even number: every second one moves the actor."""
 
     def two(carry, key):
-        nets, opts = carry
-        for k, update_actor in zip(jax.random.split(key), (False, True), strict=True):
-            index = jax.random.randint(k, (batch_size,), 0, len(data[2]))
-            noise = jax.random.normal(k, (batch_size, data[1].shape[1]))
-            nets, opts = update(nets, opts, [x[index] for x in data], noise, update_actor)
-        return (nets, opts), None
+        for update_actor in (False, True):
+            key, subkey = jax.random.split(key)
+            index = jax.random.randint(subkey, (256,), 0, len(data[2]))
+            noise = jax.random.normal(subkey, (256, data[1].shape[1]))
+            batch = [x[index] for x in data]
+            carry = update(*carry, batch, noise, update_actor)
+        return carry, None
 
-    return jax.lax.scan(two, (nets, opts), jax.random.split(key, steps // 2))[0]
+    keys = jax.random.split(key, steps // 2)
+    return jax.lax.scan(two, (nets, states), keys)[0]
