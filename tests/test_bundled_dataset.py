@@ -4,31 +4,18 @@ import importlib
 import re
 from pathlib import Path
 
-import h5py
-import numpy as np
 import pytest
 
 import dmg_offline
 from dmg_offline import Args, load_dataset, make_env, normalized_score
 
 ROOT = Path(dmg_offline.__file__).resolve().parent
-FOLDER = ROOT / "datasets" / Args().env_id / "data"
 
 
 @pytest.fixture(autouse=True)
 def empty_minari_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path)
-
-
-def test_it_is_small_float32_and_compressed():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 10e6
-    with h5py.File(FOLDER / "main_data.hdf5") as file:
-        assert len(file) == 100
-        for episode in file.values():
-            assert all(x.compression == "gzip" for x in episode.values())
-            assert all(episode[key].dtype == np.float32 for key in ("observations", "actions", "rewards"))
-            assert len(episode["observations"]) == len(episode["actions"]) + 1 == 1001
 
 
 def test_its_readme_says_what_it_holds(capsys):

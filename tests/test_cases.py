@@ -1,13 +1,12 @@
 """Odd inputs of users, each with what is right: trained on as it was meant, or refused with the reason."""
 
-import importlib.util
 import json
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from unittest.mock import MagicMock
+from types import SimpleNamespace
 
 import gymnasium as gym
 import minari
@@ -29,22 +28,30 @@ pytestmark = [
 SHORT = {"gradient_steps": 2, "eval_frequency": 2, "eval_episodes": 1, "batch_size": 8, "cuda": False}
 
 
+X, G = Box(-9, 9, (2,)), Box(-9, 9, (1,))
+KINDS = {
+    "dict": Dict(pos=X, goal=G),
+    "tuple": Tuple((X, G)),
+    "vector": X,
+    "mode": Dict(pos=X, mode=Discrete(3)),
+    "bits": Dict(pos=X, bits=MultiBinary(2)),
+}
+
+
 class Goal(gym.Env):
     """A point that walks; its observations are of the kind asked for."""
 
     action_space = Box(-1, 1, (1,))
 
     def __init__(self, kind, render_mode=None):
-        x, g = Box(-9, 9, (2,)), Box(-9, 9, (1,))
-        spaces = {"dict": Dict(pos=x, goal=g), "tuple": Tuple((x, g)), "vector": x}
-        spaces |= {"mode": Dict(pos=x, mode=Discrete(3)), "bits": Dict(pos=x, bits=MultiBinary(2))}
-        self.kind, self.observation_space = kind, spaces[kind]
+        self.kind, self.observation_space = kind, KINDS[kind]
 
     def observe(self):
         x, g = self.x.astype(np.float32), np.zeros(1, np.float32)
-        kinds = {"dict": {"pos": x, "goal": g}, "tuple": (x, g), "vector": x}
-        kinds |= {"mode": {"pos": x, "mode": self.t % 3}, "bits": {"pos": x, "bits": np.ones(2, np.int8)}}
-        return kinds[self.kind]
+        if self.kind in ("vector", "tuple"):
+            return x if self.kind == "vector" else (x, g)
+        found = {"pos": x, "goal": g, "mode": self.t % 3, "bits": np.ones(2, np.int8)}
+        return {key: found[key] for key in self.observation_space}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -61,7 +68,7 @@ def shifted(env=None):
     return wrappers.RescaleAction(env or gym.make("Pendulum-v1").unwrapped, -1.0, 3.0)
 
 
-for kind in ("dict", "tuple", "vector", "mode", "bits"):
+for kind in KINDS:
     gym.register(f"Goal_{kind}-v0", f"{__name__}:Goal", kwargs={"kind": kind}, max_episode_steps=50)
 gym.register("Shifted-v0", f"{__name__}:shifted", max_episode_steps=200)
 
@@ -200,22 +207,6 @@ def wrapper(entry_point, **kwargs):
     return {"name": entry_point.split(":")[-1], "entry_point": entry_point, "kwargs": kwargs}
 
 
-def test_recorders_are_dropped_and_other_wrappers_of_gymnasium_are_kept(store, tmp_path):
-    specs = [
-        wrapper("stable_baselines3.common.monitor:Monitor"),
-        wrapper("gymnasium.wrappers.transform_reward:ClipReward", min_reward=-1, max_reward=0),
-        wrapper("gymnasium.wrappers.common:RecordEpisodeStatistics", buffer_length=9, stats_key="episode"),
-        wrapper("gymnasium.wrappers.rendering:RecordVideo", video_folder="films"),
-    ]
-    args = store(gym.make("Pendulum-v1"), edit=lambda _, spec: spec.update(additional_wrappers=specs))
-    env, names = make_env(args), []
-    while env is not env.unwrapped:
-        names.append(type(env).__name__)
-        env = env.env
-    assert "ClipReward" in names and not {"Monitor", "RecordEpisodeStatistics", "RecordVideo"} & {*names}
-    assert not (tmp_path / "films").exists()
-
-
 HARM = {"entry_point": "harm:Env"}
 HARMFUL = {
     "another entry point": lambda _, spec: spec.update(HARM),
@@ -254,23 +245,14 @@ def test_rows_out_of_order_are_refused(tmp_path):
     assert re.search("order.*next_observations", refusal(load_dataset, args))
 
 
-@pytest.mark.parametrize("wrong", [0, 3])
-def test_a_few_next_observations_that_differ_are_only_counted(tmp_path, wrong, capsys):
+def test_a_few_next_observations_that_differ_are_only_counted(tmp_path, capsys):
     x = walk()
-    inside = np.flatnonzero(~(x["terminals"] | x["timeouts"]))[:wrong]
+    inside = np.flatnonzero(~(x["terminals"] | x["timeouts"]))[:3]
     x["next_observations"][inside, 1] += 0.5
     batch, mean, std = load_dataset(own_file(tmp_path, x))
-    out = capsys.readouterr().out
-    assert ("Warning" in out) == (f"{wrong} next_observations" in out) == bool(wrong), out
+    assert re.search("Warning: .*x.hdf5 has 3 next_observations", capsys.readouterr().out)
     expected = np.roll(x["observations"], -1, 0)[:-1][~x["timeouts"][:-1]]
     np.testing.assert_allclose(batch.next_observations * std + mean, expected, atol=1e-5)
-
-
-def test_advice_for_a_row_of_nan_is_safe_to_follow(tmp_path):
-    x = walk()
-    x["observations"][100, 1] = np.nan
-    advice = "mark the row before each as a timeout, then remove it"
-    assert advice in refusal(load_dataset, own_file(tmp_path, x))
 
 
 def test_a_file_that_marks_no_timeouts_is_warned_about(tmp_path, capsys):
@@ -285,12 +267,10 @@ def test_a_file_that_marks_no_timeouts_is_warned_about(tmp_path, capsys):
 # ---- --env-id and paths ----
 def test_the_script_alone_says_where_its_default_dataset_is_and_asks_no_server(tmp_path, monkeypatch):
     copy = shutil.copy(dmg_offline.__file__, tmp_path / "alone.py")
-    spec = importlib.util.spec_from_file_location("alone", copy)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = runpy.run_path(copy)
     monkeypatch.setattr(minari, "load_dataset", lambda *_, **__: pytest.fail("a server was asked"))
-    with pytest.raises(module.InputError, match=r"dmg/halfcheetah/medium-replay-v0 .*repository"):
-        module.load_dataset(module.Args())
+    with pytest.raises(module["InputError"], match=r"dmg/halfcheetah/medium-replay-v0 .*repository"):
+        module["load_dataset"](module["Args"]())
 
 
 def test_dataset_path_is_absolute_in_the_record_and_found_from_another_folder(tmp_path, monkeypatch):
@@ -325,29 +305,23 @@ def test_an_unfinished_minari_download_names_the_folder_to_delete(store, tmp_pat
 def test_track_and_resume_are_one_wandb_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls = []
-    stub = ModuleType("wandb")
-    stub.init = lambda **options: calls.append(options) or SimpleNamespace()
+    stub = SimpleNamespace(init=lambda **options: calls.append(options))
     monkeypatch.setitem(sys.modules, "wandb", stub)
     args = own_file(tmp_path, walk())
     args.track, args.wandb_entity = True, "team"
     main(args)
-    (folder,) = Path("runs").iterdir()
-    args = read_args(str(folder))
-    args.resume, args.gradient_steps = str(folder), 4
+    args.resume, args.gradient_steps = str(*Path("runs").iterdir()), 4
     main(args)
     first, second = calls
-    assert first["id"] == second["id"] == first["name"] == folder.name
+    assert first["id"] == second["id"] == first["name"] == Path(args.resume).name
     assert first["resume"] == second["resume"] == "allow" and first["sync_tensorboard"] is True
     assert (first["project"], first["entity"]) == ("dmg", "team")
     assert (first["config"]["gradient_steps"], second["config"]["gradient_steps"]) == (2, 4)
 
 
-@pytest.mark.parametrize("how", ["imported", "pasted"])
-def test_agent_and_update_work_in_a_notebook(how, tmp_path):
-    names = vars(dmg_offline)
-    if how == "pasted":  # into a cell, which has no __file__
-        names = {"__name__": "cell"}
-        exec(Path(dmg_offline.__file__).read_text(), names)
+def test_pasted_into_a_notebook_agent_and_update_work(tmp_path):
+    names = {"__name__": "cell"}  # a cell has no __file__
+    exec(Path(dmg_offline.__file__).read_text(), names)
     args = names["Args"](env_id="Pendulum-v1", dataset_path=rows_of(2 * ACTIONS, tmp_path / "x.hdf5"))
     dataset, *_ = names["load_dataset"](args)
     agent = names["Agent"](3, 1, args)
@@ -357,11 +331,3 @@ def test_agent_and_update_work_in_a_notebook(how, tmp_path):
     assert not torch.equal(agent.actor(dataset.observations), before)
     with pytest.raises(names["InputError"], match="repository"):  # looked for beside the file
         names["open_minari"]("dmg/nothing-v0")
-
-
-def test_a_mistake_in_a_users_environment_shows_its_traceback(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Goal, "step", lambda *_: 1 / 0)
-    monkeypatch.setattr(dmg_offline, "SummaryWriter", MagicMock())  # its thread would outlive the folder
-    with pytest.raises(ZeroDivisionError):
-        main(own_file(tmp_path, walk()))

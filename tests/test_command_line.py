@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import json
 import re
 import runpy
@@ -14,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dmg_offline
-from dmg_offline import Args, InputError
+from dmg_offline import Args
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*The environment Hopper-v4 is out of date")
 ROOT = Path(dmg_offline.__file__).resolve().parent
@@ -53,14 +52,11 @@ def test_every_argument_has_a_docstring_which_help_shows_the_algorithms_first(sc
     code, out, _ = cli("--help", script=script)
     assert code == 0
     shown = re.sub(r"[\s│]+", " ", out)
-    source, places = (ROOT / f"{script}.py").read_text(), []
+    source = (ROOT / f"{script}.py").read_text()
     for field in dataclasses.fields(importlib.import_module(script).Args):
         text = re.search(rf'    {field.name}: [^\n]*\n    """(.+?)"""', source, re.S)
         assert text, f"{field.name} has no docstring"
         assert re.sub(r"\s+", " ", text.group(1)).strip() in shown, field.name
-        flag = re.search(rf"--{field.name.replace('_', '-')}(,| [A-Z{{])", shown)
-        places.append(flag.start())
-    assert places == sorted(places)
     first = {"td3bc": "--alpha"}.get(script, "--expectile")
     assert shown.index(first) < shown.index("--gamma ") < shown.index("--seed ")
 
@@ -87,34 +83,27 @@ def test_defaults_by_dataset_are_those_of_the_paper(env_id, path, expected):
     assert (own.nu, own.eval_episodes, own.normalize_states) == (7.0, 3, False)
 
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
 OUTSIDE = [
-    ("lam", 1.5), ("lam", -0.1), ("lam", NAN), ("nu", -1.0), ("expectile", 1.1), ("gamma", 1.1),
-    ("gamma", -0.5), ("batch_size", 0), ("gradient_steps", 0), ("policy_frequency", 0), ("eval_frequency", 0),
-    ("eval_episodes", 0), ("target_update_rate", 1.1), ("learning_rate", -1e-3), ("max_weight", 0.0),
-    ("inverse_temperature", -1.0), ("policy_noise", -0.1), ("noise_clip", NAN), ("seed", -1),
+    ("lam", 1.5), ("lam", NAN), ("nu", -1.0), ("expectile", 1.1), ("gamma", 1.1), ("batch_size", 0),
+    ("eval_episodes", 0), ("target_update_rate", 1.1), ("max_weight", 0.0), ("noise_clip", NAN), ("seed", -1),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, value", OUTSIDE)
-def test_numbers_outside_their_range_are_refused_by_name(name, value):
-    with pytest.raises(InputError, match=rf"^--{name.replace('_', '-')} must be in .*, not {value}$"):
-        Args(env_id="hopper-medium-v2", **{name: value})
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_checks_its_ranges(script):
+def test_numbers_outside_their_range_are_refused_by_name(script, name, value):
     module = importlib.import_module(script)
-    for field in dataclasses.fields(module.Args):
-        if "int" in str(field.type) or "float" in str(field.type):
-            with pytest.raises(module.InputError, match=field.name.replace("_", "-")):
-                module.Args(env_id="hopper-medium-v2", **{field.name: -1})
+    if name not in {field.name for field in dataclasses.fields(module.Args)}:
+        pytest.skip("has no such argument")
+    with pytest.raises(module.InputError, match=rf"^--{name.replace('_', '-')} must be in .*, not {value}$"):
+        module.Args(env_id="hopper-medium-v2", **{name: value})
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--env-id", "hopper-medium-v3"], ["hopper-medium-v3", "hopper-medium-v2"]),
+        (["--env-id", "hopper-medium-v3"], ["hopper-medium-v3", "hopper-medium-v2", "Minari"]),
         (["--env-id", "Hopper-v5"], ["Hopper-v5", "--dataset-path"]),
         (["--env-id", "NoSuchRobot-v1", "--dataset-path", "nowhere.hdf5"], ["NoSuchRobot"]),
         (["--env-id", "Hopper-v4", "--dataset-path", "nowhere.hdf5"], ["nowhere.hdf5"]),
@@ -160,10 +149,6 @@ def test_what_a_run_leaves_and_prints(cli, small, env_id):
     scored = env_id == "hopper-medium-v2"  # an own file has no score
     events = EventAccumulator(str(folder)).Reload()
     assert {*events.Tags()["scalars"]} == TAGS | ({"eval/normalized_score"} if scored else set())
-    rates = [(e.step, e.value) for e in events.Scalars("charts/actor_learning_rate")]
-    expected = [(k, dmg_offline.actor_learning_rate(k, Args(gradient_steps=60))) for k in range(10, 70, 10)]
-    assert rates == [(k, pytest.approx(rate)) for k, rate in expected]
-
     column = 3 if scored else 1
     values = [float(row[column]) for row in rows[1:]]
     tag = "eval/normalized_score" if scored else "eval/episodic_return"
@@ -175,25 +160,15 @@ def test_what_a_run_leaves_and_prints(cli, small, env_id):
     assert out.splitlines()[-1] == f"runs/{folder.name}: {last}"
 
 
-def test_the_table_at_the_start_is_without_arguments_that_are_not_in_use(cli, small, hopper_file):
-    _, out, _ = cli(*small)
-    table = dict(line.split(maxsplit=1) for line in out.split(f"{hopper_file}: ")[0].splitlines())
-    assert table["lam"] == "0.25" and table["nu"] == "0.1" and table["env_id"] == "Hopper-v4"
-    unused = ("wandb_project_name", "wandb_entity", "track", "resume", "in_sample_temperature", "compile")
-    assert not {*unused} & table.keys() and table["dataset_path"] == hopper_file
-    _, out, _ = cli(*small, "--in-sample", "xql")
-    assert re.search(r"^in_sample_temperature +5.0$", out, re.M)
-
-
-def test_slashes_and_colons_of_an_id_are_dashes_in_the_folder_and_exp_name_is_in_it(tmp_path, monkeypatch):
+def test_slashes_and_colons_of_an_id_are_dashes_in_the_folder_which_no_two_runs_share(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder, writer = dmg_offline.open_run(Args(env_id="a/b:c-v0", exp_name="mine", seed=3), 0)
-    writer.close()
-    assert re.fullmatch(r"runs/a-b-c-v0__mine__3__\d+", str(folder))
     monkeypatch.setattr(dmg_offline.time, "time_ns", lambda: 10**18)
-    dmg_offline.open_run(Args(env_id="a"), 0)[1].close()
-    with pytest.raises(FileExistsError):  # two runs of one moment do not share a folder
-        dmg_offline.open_run(Args(env_id="a"), 0)
+    args = Args(env_id="a/b:c-v0", exp_name="mine", seed=3)
+    folder, writer = dmg_offline.open_run(args, 0)
+    writer.close()
+    assert str(folder) == f"runs/a-b-c-v0__mine__3__{10**12}"
+    with pytest.raises(FileExistsError):
+        dmg_offline.open_run(args, 0)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -219,11 +194,3 @@ def test_flags_beside_resume_replace_the_saved_ones_in_args_json_too(cli, small)
     assert after["resume"] is None and len((folder / "eval.csv").read_text().splitlines()) == 5
     code, _, err = cli("--resume", str(folder), script="td3bc")
     assert code == 2 and "no run of this script" in err and "alpha" in err
-
-
-# ---- packages ----
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
-def test_track_without_its_package_says_so_before_it_trains(cli, small, capsys):
-    with pytest.raises(ModuleNotFoundError, match="wandb"):
-        cli(*small, "--track")
-    assert "step 0:" not in capsys.readouterr().out

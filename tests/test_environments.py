@@ -42,15 +42,8 @@ def xy(cell):
 
 
 # ---- legacy inertia ----
-def test_masses_of_mujoco_2_1_0():
-    hopper = make("hopper-medium-v2").unwrapped.model.body_mass[1:]
-    np.testing.assert_allclose(hopper, [3.5343, 3.9270, 2.7143, 5.0894], atol=5e-5)
-    for name, mass in (("walker2d-expert", 22.698), ("halfcheetah-random", 14), ("antmaze-umaze", 0.8787)):
-        assert make(f"{name}-v2").unwrapped.model.body_mass.sum() == pytest.approx(mass, rel=5e-5)
-
-
 def legacy_mass_matrix(model, qpos, density, total_mass):
-    """Mass matrix at qpos, and inverse weights of dofs and bodies there, summed geom by geom.
+    """Mass matrix at qpos, and inverse weights of the dofs there, summed geom by geom.
 
     A capsule of radius r and half-length h is a cylinder of length 2 h + r.
     """
@@ -58,13 +51,7 @@ def legacy_mass_matrix(model, qpos, density, total_mass):
     data.qpos[:] = qpos
     mujoco.mj_forward(model, data)
 
-    def jacobian(point, body):
-        jac = np.zeros((2, 3, model.nv))
-        mujoco.mj_jac(model, data, jac[0], jac[1], point, body)
-        return jac
-
-    matrix, masses = np.zeros((model.nv, model.nv)), np.zeros(model.nbody)
-    moments = np.zeros((model.nbody, 3))
+    matrix, whole = np.zeros((model.nv, model.nv)), 0
     for g in np.flatnonzero(model.geom_bodyid > 0):
         (r, h, _), body, rotation = model.geom_size[g], model.geom_bodyid[g], data.geom_xmat[g].reshape(3, 3)
         if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_CAPSULE:
@@ -76,22 +63,16 @@ def legacy_mass_matrix(model, qpos, density, total_mass):
             assert model.geom_type[g] == mujoco.mjtGeom.mjGEOM_SPHERE
             mass = density * 4 / 3 * np.pi * r**3
             inertia = mass * 2 / 5 * r**2 * np.eye(3)
-        linear, angular = jacobian(data.geom_xpos[g], body)
+        linear, angular = np.zeros((2, 3, model.nv))
+        mujoco.mj_jac(model, data, linear, angular, data.geom_xpos[g], body)
         matrix += mass * linear.T @ linear + angular.T @ rotation @ inertia @ rotation.T @ angular
-        masses[body] += mass
-        moments[body] += mass * data.geom_xpos[g]
-    scale = total_mass / masses.sum() if total_mass else 1
+        whole += mass
+    scale = total_mass / whole if total_mass else 1
     matrix = scale * matrix + np.diag(model.dof_armature)
-
-    inverse = np.linalg.inv(matrix)
-    dof_weight = inverse.diagonal().copy()
+    dof_weight = np.linalg.inv(matrix).diagonal().copy()
     if model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE:  # its three axes share one weight
         dof_weight[:6] = np.repeat(dof_weight[:6].reshape(2, 3).mean(1), 3)
-    body_weight = np.zeros((model.nbody, 2))
-    for body in range(1, model.nbody):
-        for k, jac in enumerate(jacobian(moments[body] / masses[body], body)):
-            body_weight[body, k] = np.trace(jac @ inverse @ jac.T) / 3
-    return matrix, dof_weight, body_weight
+    return matrix, dof_weight
 
 
 def mass_matrix(model, qpos):
@@ -117,16 +98,15 @@ def test_mass_matrix_is_the_legacy_one(env_id, stock_id, density, total_mass, di
     qpos = stock.qpos0 + np.random.default_rng(0).uniform(-0.5, 0.5, stock.nq)
     if stock.nq > stock.nv:
         qpos[3:7] /= np.linalg.norm(qpos[3:7])
-    expected, *_ = legacy_mass_matrix(stock, qpos, density, total_mass)
+    expected, _ = legacy_mass_matrix(stock, qpos, density, total_mass)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(mass_matrix(model, qpos), expected, rtol=0, atol=1e-12 * scale)
     assert np.abs(mass_matrix(stock, qpos) - expected).max() > difference
 
     # the contact solver's weights, which only mj_setConst renews
-    _, dof_weight, body_weight = legacy_mass_matrix(stock, stock.qpos0, density, total_mass)
+    _, dof_weight = legacy_mass_matrix(stock, stock.qpos0, density, total_mass)
     np.testing.assert_allclose(model.dof_invweight0, dof_weight, rtol=1e-9)
-    np.testing.assert_allclose(model.body_invweight0, body_weight, rtol=1e-9)
-    assert np.abs(stock.body_invweight0 / np.maximum(body_weight, 1e-9) - 1)[1:].max() > 0.005
+    assert np.abs(stock.dof_invweight0 / dof_weight - 1).max() > 0.005
 
 
 def test_only_d4rl_names_get_legacy_inertia_and_nothing_else_differs():
@@ -210,8 +190,6 @@ def test_antmaze_reset():
 def test_antmaze_ends_within_half_a_metre_of_the_goal(angle):
     env = make("antmaze-umaze-v2").unwrapped
     env.reset(seed=1)
-    assert place(env, 0.49, angle)[1:4] == (1, True, False)
-    assert place(env, 0.51, angle)[1:4] == (0, False, False)
     # what counts is where the ant stands after the step
     assert place(env, 0.51, angle, speed=-1)[1:4] == (1, True, False)
     assert place(env, 0.49, angle, speed=1)[1:4] == (0, False, False)
@@ -236,21 +214,6 @@ def test_gymnasium_robotics_antmaze_is_flat_and_ends_at_the_goal():
 def test_unusable_environment_is_one_sentence(env_id, word):
     with pytest.raises(InputError, match=word):
         make(env_id, "any.hdf5")
-
-
-@pytest.mark.parametrize("env_id", ["hopper-medium-v2", "antmaze-umaze-v2"])
-def test_a_film_is_made_of_the_same_environment(env_id):
-    env, plain = make_env(Args(env_id=env_id), "rgb_array").unwrapped, make(env_id).unwrapped
-    assert (env.render_mode, plain.render_mode) == ("rgb_array", None)
-    np.testing.assert_array_equal(env.model.body_mass, plain.model.body_mass)
-
-
-def test_half_cheetahs_outdated_xml_is_not_mentioned_but_other_warnings_are(capfd):
-    env = make("HalfCheetah-v5", "own.hdf5")
-    assert capfd.readouterr().err == ""
-    env.reset(seed=0)
-    env.unwrapped.do_simulation(np.full(6, np.nan), 1)
-    assert "unstable" in capfd.readouterr().err
 
 
 # ---- D4RL's own policies ----
@@ -281,10 +244,9 @@ def distance_from_published(name, env, episodes=10):
     return abs(returns.mean() - mean) / np.sqrt(returns.var(ddof=1) / episodes + std**2 / 100)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_d4rls_own_policies_return_what_was_published_for_them(name):
-    assert distance_from_published(name, make(f"{name.split('_')[0]}-medium-v2")) < 3
-
-
-def test_in_stock_hopper_they_do_not():
+@pytest.mark.parametrize("robot", ["hopper", "halfcheetah"])
+def test_d4rls_own_policies_return_what_was_published_for_them_but_not_in_stock_hopper(robot):
+    assert distance_from_published(f"{robot}_online_10", make(f"{robot}-medium-v2")) < 3
+    if robot == "halfcheetah":
+        return
     assert distance_from_published("hopper_online_10", gym.make("Hopper-v4")) > 3

@@ -49,17 +49,13 @@ def files(draw):
     return data[: draw(st.integers(0, len(data)))] if draw(st.integers(0, 4)) == 4 else data
 
 
-NUMBER = st.sampled_from([0.5, 0.5, 1, 1, 0, 2, 7, 1e-9, 1e9, -1, float("nan")])
-VALUES = {
-    **dict.fromkeys(["lam", "nu", "expectile", "gamma", "target_update_rate", "policy_noise"], NUMBER),
-    **dict.fromkeys(["inverse_temperature", "in_sample_temperature", "noise_clip"], NUMBER),
+NUMBER = st.sampled_from([0.5, 1, 0, 2, 1e-9, 1e9, -1, float("nan")])
+NAMES = "lam", "nu", "expectile", "gamma", "policy_noise", "inverse_temperature", "in_sample_temperature"
+OTHERS = {
     "in_sample": st.sampled_from(["iql", "xql", "sql"]),
-    "normalize_states": st.booleans(),
     "env_id": st.sampled_from(["hopper-medium-v2", "NoSuchRobot-v0", "a/b", "antmaze-umaze-v2", ""]),
-    "batch_size": st.integers(-1, 3),
 }
-ARGUMENT = st.sampled_from([*VALUES]).flatmap(lambda key: st.tuples(st.just(key), VALUES[key]))
-ARGUMENTS = st.lists(ARGUMENT, max_size=2).map(dict)
+ARGUMENTS = st.fixed_dictionaries({}, optional=OTHERS | dict.fromkeys(NAMES, NUMBER))
 LOADED = []
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-MDPS, STATES, STEPS, K0 = 40, 6, 40, 2.0
+MDPS, STATES, STEPS, K0 = 20, 6, 40, 2.0
 LAMS, GAMMAS = (0.0, 0.25, 0.5, 1.0), (0.5, 0.9, 0.99)
 OWNER = np.array([0, 1, 2, 0, 0, 1, 1, 2, 2])  # columns: three dataset actions, two mild ones around each
 
@@ -24,10 +24,10 @@ def random_mdps(seed=0, most=3, exact=False):
     distance = np.linalg.norm(x[:, :, :, None] - x[:, :, None], axis=-1)
     to_data = np.where(data[:, :, None], distance, np.inf)
     smallest_eps = np.where(mild, to_data.min(-1), 0).max((1, 2))
-    assert data.any(-1).all() and (smallest_eps <= eps[:, 0, 0] + 1e-12).all()
     p, r = rng.dirichlet(np.full(STATES, 0.3), (MDPS, STATES, 9)), rng.random((MDPS, STATES, 9))
-    areas = {"data": data, "mild": mild, "off": mild & ~data}
-    return SimpleNamespace(p=p, r=r, **areas, distance=distance, to_data=to_data, eps=smallest_eps)
+    return SimpleNamespace(
+        p=p, r=r, data=data, mild=mild, distance=distance, to_data=to_data, eps=smallest_eps
+    )
 
 
 RANDOM, TIGHT = random_mdps(), random_mdps(seed=1, most=1, exact=True)
@@ -48,7 +48,6 @@ def dmg(m, q, lam, gamma):
 
 WRONG = {
     "gamma too large": lambda m, q, lam, g: dmg(m, q, lam, 1.1 * g),
-    "gamma squared": lambda m, q, lam, g: dmg(m, q, lam, g**2),
     "lam halved": lambda m, q, lam, g: dmg(m, q, lam / 2, g),
     "lam swapped": lambda m, q, lam, g: dmg(m, q, 1 - lam, g),
     "weights lam, 1": lambda m, q, lam, g: back_up(m, lam * best(q, m.mild) + best(q, m.data), g),
@@ -63,7 +62,8 @@ def norm(q):
     return np.where(RANDOM.mild, abs(q), 0).max((-1, -2))
 
 
-def fixed_point(operator, lam, gamma, q):
+def fixed_point(operator, lam, gamma):
+    q = np.zeros_like(RANDOM.r)
     for _ in range(int(np.log(1e-13) / np.log(gamma))):
         q = operator(RANDOM, q, lam, gamma)
     return q
@@ -80,15 +80,6 @@ def check_contraction(operator, gamma):
         assert (norm(change + 3 * gamma) < 1e-12).all()
 
 
-def check_convergence(operator, gamma):
-    """Theorem 2: one fixed point, reached from every start at the rate gamma^k."""
-    for lam in LAMS:
-        star, q = fixed_point(operator, lam, gamma, np.zeros_like(RANDOM.r)), RANDOM_Q
-        for k in range(1, STEPS + 1):
-            q = operator(RANDOM, q, lam, gamma)
-            assert (norm(q - star) <= gamma**k * norm(RANDOM_Q - star) + 1e-10).all()
-
-
 def greedy(q, area, gamma):
     """Of the policy that is greedy in q within the area: q, and the true value (I - gamma P)^-1 R."""
     pi = np.where(getattr(RANDOM, area), q, -np.inf).argmax(-1)[..., None]
@@ -96,12 +87,12 @@ def greedy(q, area, gamma):
     return np.take_along_axis(q, pi, 2)[..., 0], np.linalg.solve(np.eye(STATES) - gamma * p, r)[..., 0]
 
 
-def check_performance(operator, gamma, dmg_area="mild", in_sample_area="data"):
+def check_performance(operator, gamma):
     """Theorem 3: V^pi_DMG >= Q*_lam(s, pi_DMG(s)) >= V^pi_In, the first with equality for lam = 1 only."""
-    stars = [fixed_point(operator, lam, gamma, np.zeros_like(RANDOM.r)) for lam in LAMS]
-    _, v_in = greedy(stars[0], in_sample_area, gamma)
+    stars = [fixed_point(operator, lam, gamma) for lam in LAMS]
+    _, v_in = greedy(stars[0], "data", gamma)
     for lam, star in zip(LAMS, stars, strict=True):
-        q_dmg, v_dmg = greedy(star, dmg_area, gamma)
+        q_dmg, v_dmg = greedy(star, "mild", gamma)
         assert (v_dmg >= q_dmg - 1e-10).all() and (q_dmg >= v_in - 1e-10).all()
         assert (v_dmg - q_dmg).max() > 1e-2 if lam < 1 else (v_dmg - q_dmg).max() < 1e-10
         assert (v_dmg - v_in).max() > 1e-2 and (q_dmg - v_in).max() > 1e-2  # strictly better somewhere
@@ -119,10 +110,8 @@ def bound(lam, eps, k_q, gamma, k):
 
 WRONG_BOUNDS = {
     "eps halved": lambda lam, eps, *x: bound(lam, eps / 2, *x),
-    "lam halved": lambda lam, *x: bound(lam / 2, *x),
     "K halved": lambda lam, eps, k_q, *x: bound(lam, eps, k_q / 2, *x),
     "factor gamma dropped": lambda *x: bound(*x) / x[3],
-    "1/(1-gamma) dropped": lambda *x: bound(*x) * (1 - x[3]),
     "1-gamma^(k-1)": lambda *x: bound(*x[:4], x[4] - 1),
 }
 
@@ -157,18 +146,13 @@ def check_tight(operator, gamma, limit=bound):
 
 
 CHECKS = {  # each with wrong operators that it notices
-    check_contraction: ["gamma too large", "gamma squared", "weights lam, 1", "weights -lam, 1+lam"],
-    check_convergence: ["gamma too large", "weights lam, 1", "weights -lam, 1+lam"],
+    check_contraction: ["gamma too large", "weights lam, 1", "weights -lam, 1+lam"],
     check_performance: list(WRONG),
     check_overestimation: ["weights lam, 1", "gamma too large"],
     check_tight: [name for name in WRONG if name != "no reward"],
 }
 MISTAKES = {f"{c.__name__}: {x}": partial(c, WRONG[x]) for c, wrongs in CHECKS.items() for x in wrongs}
 MISTAKES |= {f"bound: {name}": partial(check_tight, dmg, limit=limit) for name, limit in WRONG_BOUNDS.items()}
-MISTAKES |= {
-    "DMG's policy keeps to the dataset": partial(check_performance, dmg, dmg_area="data"),
-    "in-sample policy leaves the dataset": partial(check_performance, dmg, in_sample_area="mild"),
-}
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)

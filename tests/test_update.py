@@ -8,10 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import dmg_finetune
 import dmg_offline
-import iql
-import td3bc
 from dmg_offline import Adam, Agent, Args, Batch, update
 
 pytestmark = pytest.mark.usefixtures("kept_gradients")
@@ -141,16 +138,6 @@ def test_dmgs_update_is_the_published_one(lam, nu, tau, alpha, most, gamma, nois
             expected["actor"] = hand_step(reference, "actor", loss)
             hand_polyak(reference, "critic", "actor")
         assert_same_step(agent, metrics, reference, expected)
-
-
-@pytest.mark.parametrize("script", [dmg_offline, dmg_finetune, iql, td3bc])
-def test_twin_critics_share_nothing(script):
-    agent, (batch, _) = script.Agent(STATE, ACTION, script.Args()), make_batch()
-    s, a = batch.observations.float(), batch.actions.float()
-    parameters = list(agent.critic.parameters())
-    for k in (0, 1):
-        for g in torch.autograd.grad(agent.critic(s, a)[k].sum(), parameters):
-            assert g.shape[0] == 2 and g[k].any() and not g[1 - k].any()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
