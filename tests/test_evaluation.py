@@ -49,11 +49,8 @@ def test_each_episode_from_its_seed_counts_once_however_long(num_envs, episodes)
     "env_id, raw, score",
     [
         ("halfcheetah-medium-v2", 5927.4105235, 50),
-        ("halfcheetah-random-v2", -280.178953, 0),
         ("hopper-full-replay-v2", -20.272305, 0),
-        ("hopper-expert-v2", 1607.0138475, 50),
         ("walker2d-medium-expert-v2", 2296.964504, 50),
-        ("antmaze-umaze-v2", 1, 100),
         ("antmaze-large-diverse-v2", 0.25, 25),
         ("AntMaze_Large-v5", 1, 100),
         ("Hopper-v4", 3234.3, None),
