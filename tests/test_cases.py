@@ -207,6 +207,15 @@ def wrapper(entry_point, **kwargs):
     return {"name": entry_point.split(":")[-1], "entry_point": entry_point, "kwargs": kwargs}
 
 
+def test_recorders_are_dropped_and_other_wrappers_of_gymnasium_kept(store):
+    monitor = wrapper("stable_baselines3.common.monitor:Monitor", filename=None)
+    edit = lambda _, spec: spec["additional_wrappers"].append(monitor)  # noqa: E731
+    args = store(wrappers.RecordEpisodeStatistics(shifted(gym.make("Pendulum-v1"))), edit=edit)
+    env = make_env(args)
+    assert env.recorded_spaces[1].high == 3  # RescaleAction's
+    assert "Monitor" not in str(env) and "RecordEpisodeStatistics" not in str(env)
+
+
 HARM = {"entry_point": "harm:Env"}
 HARMFUL = {
     "another entry point": lambda _, spec: spec.update(HARM),
