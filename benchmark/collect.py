@@ -64,7 +64,6 @@ def roll_out(args, env, agent, env_id):
     new_agent = dmg.Agent(state_dim, action_dim, settings)  # its mean is 0 and its std 1
     replay = dmg.Replay(nothing, env, new_agent, settings)
     rng = np.random.default_rng(args.seed)
-    replay.begin_episode()
     for _ in trange(args.transitions, unit="step"):
         noise = args.noise * rng.standard_normal(action_dim)
         action = agent.act(replay.observation[None])[0] + noise
@@ -150,8 +149,10 @@ def collect(args):
     root = get_dataset_path()
     with tempfile.TemporaryDirectory(prefix=".", dir=root) as temporary:
         os.environ["MINARI_DATASETS_PATH"] = temporary  # Minari would write in place
-        minari.create_dataset_from_buffers(args.dataset_id, buffers, **facts)
-        os.environ["MINARI_DATASETS_PATH"] = str(root)
+        try:
+            minari.create_dataset_from_buffers(args.dataset_id, buffers, **facts)
+        finally:
+            os.environ["MINARI_DATASETS_PATH"] = str(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(Path(temporary, args.dataset_id), target)
     returns = [buffer.rewards.sum() for buffer in buffers]

@@ -113,12 +113,11 @@ def collect(sources):
     return data.drop_duplicates([*RUN, "step", "diverged"], keep="last").sort_values([*RUN, "step"])
 
 
-def kind_of(env_id, dataset):
-    """What must not share a table: D4RL's own files, D4RL made again, mazes and robots, and all else."""
-    if env_id not in D4RL:
+def kind_of(cell):
+    """What must not share a table: D4RL's own files, D4RL made again, and all else."""
+    if cell.env_id not in D4RL:
         return "other data"
-    origin = "D4RL made again" if dataset else "D4RL v2"
-    return f"{origin}, {'AntMaze' if is_antmaze(env_id) else 'locomotion'}"
+    return "D4RL made again" if cell.dataset else "D4RL v2"
 
 
 def summarise_runs(data):
@@ -177,7 +176,9 @@ def summarise_cells(runs):
             row[state] = (cell.state == state).sum()
         cells.append(row)
     cells = pd.DataFrame(cells)
-    cells["data"] = cells.apply(lambda cell: kind_of(cell.env_id, cell.dataset), axis=1)
+    cells["data"] = cells.apply(kind_of, axis=1)
+    # runs of D4RL made again share a table whatever their length, which is said beside the score
+    cells["length"] = cells.gradient_steps.where(cells.data != "D4RL made again", 0)
     cells["set"] = cells.env_id + cells.dataset.map(lambda name: f" ({name})" if name else "")
     cells["rank"] = [[*D4RL, x].index(x) for x in cells.env_id]  # the paper's order
     cells["default"] = cells.apply(is_default, axis=1)
@@ -185,9 +186,9 @@ def summarise_cells(runs):
 
 
 def choose(cells):
-    """The cells of the tables: the paper's lam and nu, and of other flags those with the most runs."""
-    chosen = cells[cells.default].sort_values("n", ascending=False, kind="stable")
-    chosen = chosen.drop_duplicates(["algorithm", "set", "data", "gradient_steps", "online_steps"])
+    """The cells of the tables: the paper's lam and nu, and of other flags those with most runs and steps."""
+    chosen = cells[cells.default].sort_values(["n", "step"], ascending=False, kind="stable")
+    chosen = chosen.drop_duplicates(["algorithm", "set", "data", "length", "online_steps"])
     return chosen.sort_index()
 
 

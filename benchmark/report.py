@@ -56,8 +56,8 @@ def score_text(cell, mean="mean", std="std"):
     if cell.n > 1:
         number += f" ± {cell[std]:.1f}"
     notes = ["1 seed" if cell.n == 1 else f"{cell.n} seeds"]
-    if cell.n and cell.step < cell.gradient_steps + cell.online_steps:
-        notes.append(f"after {cell.step:,.0f}")
+    if cell.n and cell.step != cell.length + cell.online_steps:
+        notes.append(f"after {cell.step:,.0f} steps")
     elif cell.unfinished:
         notes.append(f"{cell.unfinished} unfinished")
     if cell.diverged:
@@ -76,7 +76,7 @@ def paper_text(table, env_id, name):
 
 def score_table(part):
     """Rows for the sets, two columns for each algorithm: ours, and the paper's where it has one."""
-    heading = PAPER_HEADING.get(part.data.iloc[0].split(",")[0])
+    heading = PAPER_HEADING.get(part.data.iloc[0])
     online = part.online_steps.iloc[0] > 0
     rows = []
     for shown, cells in part.groupby("set", sort=False):
@@ -221,9 +221,10 @@ def report(args):
     data.to_csv(args.folder / "evaluations.csv", index=False)
     text = ["# Report\n", "Last score, mean ± sample deviation over seeds. lam and nu as in App. C.1.\n"]
     text.append("A curve: mean over seeds, shaded their deviation; a cross: a seed diverged.\n")
-    for (kind, steps, online), part in choose(cells).groupby(["data", "gradient_steps", "online_steps"]):
-        title = f"{kind}: {steps:,.0f} gradient steps" + (f", {online:,.0f} online steps" if online else "")
-        slug = title.lower().replace(":", "").replace(",", "").replace(" ", "-")
+    for (kind, steps, online), part in choose(cells).groupby(["data", "length", "online_steps"]):
+        title = kind + f", {steps:,.0f} gradient steps" * bool(steps)
+        title += f", {online:,.0f} online steps" * bool(online)
+        slug = title.lower().replace(",", "").replace(" ", "-")
         table = score_table(part)
         table.to_csv(args.folder / f"{slug}.csv", index=False)
         text += [f"## {title}\n", markdown(table)]

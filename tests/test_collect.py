@@ -1,7 +1,5 @@
-"""benchmark/collect.py: the saved agent acts, in episodes of its own, and every script can read the set."""
+"""benchmark/collect.py: a saved agent acts, or its online transitions are kept; scripts read the sets."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import collect
@@ -9,112 +7,138 @@ import gymnasium as gym
 import minari
 import numpy as np
 import pytest
-import torch
+from conftest import d4rl_arrays, load_checkpoint, write_hdf5
 
 import dmg_finetune
 import dmg_offline
+import td3bc
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = {"eval_episodes": 1, "batch_size": 16, "cuda": False}
 
 
-@pytest.fixture(scope="module")
-def td3(tmp_path_factory):
-    """The run folder of a TD3 on short episodes that has hardly learnt: its actions are far from their bounds."""
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """A folder of Minari sets and runs of this file's own."""
     folder = tmp_path_factory.mktemp("collect")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MINARI_DATASETS_PATH", str(folder / "minari"))
         patched.chdir(folder)
-        flags = "--env-id Hopper-v5 --from-scratch --online-steps 120 --learning-starts 60 --eval-episodes 1 --no-cuda"
-        command = [
-            sys.executable,
-            str(REPOSITORY / "dmg_finetune.py"),
-            *flags.split(),
-            "--batch-size",
-            "16",
-            "--learning-rate",
-            "1e-5",
-        ]
-        subprocess.run(command, check=True, capture_output=True)
-        (run,) = Path("runs").iterdir()
-        yield folder / run
+        yield folder
 
 
-def rollouts(td3, name, **settings):
-    collect.collect(collect.Args(run=str(td3), dataset_id=name, transitions=250, **settings))
-    return minari.load_dataset(name)
+def wide():
+    """Hopper with actions from -2 to 6."""
+    low, high = np.full(3, -2, np.float32), np.full(3, 6, np.float32)
+    return gym.wrappers.RescaleAction(gym.make("Hopper-v5").unwrapped, low, high)
 
 
-def actor(td3, observations):
-    agent = dmg_finetune.Agent(11, 3, dmg_finetune.Args())
-    agent.load_state_dict(dmg_finetune.load_checkpoint(str(td3))["agent"])
-    with torch.no_grad():
-        return agent.actor(torch.from_numpy(observations)).numpy()
+def run_of(script, **flags):
+    """The folder of a new run."""
+    before = set(Path("runs").glob("*"))
+    script.main(script.Args(**TINY, **flags))
+    (folder,) = set(Path("runs").glob("*")) - before
+    return folder
 
 
-def test_without_noise_the_actions_are_the_agents_and_the_environment_answers_them(td3):
-    episodes = list(rollouts(td3, "my/hopper/greedy-v0", noise=0).iterate_episodes())
-    assert sum(len(episode) for episode in episodes) == 250 and len(episodes) > 1
+@pytest.fixture(scope="module")
+def td3(place):
+    """A TD3 on Hopper that has hardly learnt: short episodes, actions far from their bounds."""
+    flags = {"from_scratch": True, "online_steps": 120, "learning_starts": 60, "learning_rate": 1e-5}
+    return run_of(dmg_finetune, env_id="Hopper-v5", **flags)
+
+
+def episodes_of(run, name, **flags):
+    collect.collect(collect.Args(str(run), name, **flags))
+    return list(minari.load_dataset(name))
+
+
+def check(episodes, env, first_seed):
+    """The environment gives the recorded rows again; each whole episode ends as it did there."""
+    assert len(episodes) > 1
+    for number, episode in enumerate(episodes):
+        s, _ = env.reset(seed=first_seed + number)
+        np.testing.assert_allclose(episode.observations[0], s, rtol=1e-4, atol=1e-4)
+        for k, action in enumerate(episode.actions):
+            s, reward, terminated, _, _ = env.step(action)
+            np.testing.assert_allclose(episode.observations[k + 1], s, rtol=1e-4, atol=1e-4)
+            assert episode.rewards[k] == pytest.approx(reward, rel=1e-4, abs=1e-4)
+            assert episode.terminations[k] == terminated
+        assert not episode.truncations[:-1].any()
+        assert episode.truncations[-1] != episode.terminations[-1]
+
+
+def test_without_noise_the_actions_are_the_agents(td3):
+    episodes = episodes_of(td3, "my/hopper/greedy-v0", transitions=150, noise=0)
+    check(episodes, gym.make("Hopper-v5"), 10_000_000 * 101)
+    agent = dmg_finetune.Agent(11, 3, dmg_finetune.read_args(td3))
+    agent.load_state_dict(load_checkpoint(td3)["agent"])
     for episode in episodes:
-        np.testing.assert_allclose(episode.actions, actor(td3, episode.observations[:-1]), rtol=0, atol=1e-6)
-    env = gym.make("Hopper-v5")
-    starts = [10_000_000 * 101 + number for number in range(len(episodes))]
-    for seed, episode in zip(starts, episodes, strict=True):
-        s = [env.reset(seed=seed)[0]]
-        r, ends = [], []
-        for action in episode.actions:
-            observation, reward, terminated, _, _ = env.step(action)
-            s.append(observation), r.append(reward), ends.append(terminated)
-        np.testing.assert_allclose(episode.observations, s, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(episode.rewards, r, rtol=1e-5, atol=1e-5)
-        assert np.array_equal(episode.terminations, ends)
-    assert [bool(episode.terminations[-1]) for episode in episodes[:-1]] == [True] * (len(episodes) - 1)
+        np.testing.assert_allclose(episode.actions, agent.act(episode.observations[:-1]), rtol=0, atol=1e-5)
+    assert sum(map(len, episodes)) == 150
+    noisy = episodes_of(td3, "my/hopper/noisy-v0", transitions=150, noise=0.3)
+    a = np.concatenate([episode.actions for episode in noisy])
+    s = np.concatenate([episode.observations[:-1] for episode in noisy])
+    assert 0.2 < np.std(a - agent.act(s)) < 0.35 and np.abs(a).max() <= 1
 
 
-def test_the_noise_has_its_size_and_its_seed(td3):
-    sets = {}
-    for name, settings in {"a": {}, "again": {}, "other": {"seed": 7}, "wide": {"noise": 0.3}}.items():
-        episodes = list(rollouts(td3, f"my/hopper/{name}-v0", **settings).iterate_episodes())
-        s = np.concatenate([episode.observations[:-1] for episode in episodes])
-        sets[name] = np.concatenate([episode.actions for episode in episodes]), s
-    for name, size in (("a", 0.1), ("wide", 0.3)):
-        a, s = sets[name]
-        inside = np.abs(actor(td3, s)) < 0.5
-        noise = (a - actor(td3, s))[inside]
-        assert len(noise) > 50 and abs(noise.std() / size - 1) < 0.25 and abs(noise.mean()) < size / 3
-        assert np.abs(a).max() <= 1
-    assert all(np.array_equal(x, y) for x, y in zip(sets["a"], sets["again"], strict=True))
-    assert not np.array_equal(sets["a"][0][:5], sets["other"][0][:5])
+def test_the_replay_is_the_run(td3):
+    """Seeds, actions, rewards and ends of training, and D4RL's references, which score the next run."""
+    episodes = episodes_of(td3, "my/hopper/replay-v0", replay=True)
+    check(episodes, gym.make("Hopper-v5"), 10_000_000)
+    online = load_checkpoint(td3)["online"]
+    whole = [end for end in online["ends"] if end <= 120]
+    assert np.cumsum([len(episode) for episode in episodes])[: len(whole)].tolist() == whole
+    assert sum(map(len, episodes)) == 120
+    returns = [episode.rewards.sum() for episode in episodes[: len(whole)]]
+    np.testing.assert_allclose(returns, online["returns"], rtol=1e-4)
+    run = run_of(dmg_offline, env_id="my/hopper/replay-v0", gradient_steps=4)
+    (_, mean, _, score, *_) = load_checkpoint(run)["evaluations"][-1]
+    assert score == pytest.approx(100 * (mean + 20.272305) / (3234.3 + 20.272305))
+    assert len(episodes_of(run, "my/hopper/by-offline-v0", transitions=30)) > 0
 
 
-def test_dmg_offline_trains_on_the_set_and_finds_its_references_there(td3):
-    metadata = rollouts(td3, "my/hopper/medium-v0").storage.metadata
-    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (-20.272305, 3234.3)
-    args = dmg_offline.resolve(dmg_offline.Args(env_id="my/hopper/medium-v0", gradient_steps=4, eval_episodes=1))
-    dmg_offline.train(args)
-    (path,) = Path("runs").glob("my-hopper-medium-v0__dmg_offline__*/eval.csv")
-    step, mean, *_ = path.read_text().splitlines()[-1].split(",")
-    score = dmg_offline.normalized_score(args, dmg_offline.open_minari(args), np.array([float(mean)]))
-    assert step == "4" and score == pytest.approx(100 * (float(mean) + 20.272305) / (3234.3 + 20.272305))
+def test_behind_a_normalised_dataset_the_replay_has_the_environments_units(place):
+    """Behind an own HDF5 file: raw states, without the file's rows, actions from -2 to 6."""
+    gym.register("Wide-v0", "test_collect:wide", max_episode_steps=20)
+    arrays = d4rl_arrays()
+    arrays["actions"] = 4 * arrays["actions"] + 2
+    file = write_hdf5("wide.hdf5", arrays)
+    flags = {"env_id": "Wide-v0", "dataset_path": file, "offline_steps": 4, "online_steps": 90}
+    flags |= {"learning_starts": 60}
+    episodes = episodes_of(run_of(dmg_finetune, **flags), "my/wide/replay-v0", replay=True)
+    check(episodes, gym.make("Wide-v0"), 10_000_000)
+    assert sum(map(len, episodes)) == 90
+    actions = np.concatenate([episode.actions for episode in episodes])
+    assert actions.min() < 0 and actions.max() > 3
+    agent = run_of(td3bc, env_id="my/wide/replay-v0", gradient_steps=4)
+    assert "my-wide-replay-v0" in agent.name
 
 
-@pytest.mark.parametrize(
-    "argv, word",
-    [
-        ("RUN my/taken-v0", "exists already"),
-        ("RUN nonsense", "not a Minari id"),
-        ("runs/none my/new-v0", "runs/none"),
-        ("RUN my/new-v0 --transitions 0", "--transitions 0"),
-        ("RUN my/new-v0 --transitions 1000000000000000", "1,000,000,000,000,000"),
-        ("RUN my/new-v0 --noise -1", "--noise -1"),
-        ("RUN my/new-v0 --noise inf", "--noise inf"),
-        ("RUN my/new-v0 --seed -1", "--seed -1"),
-    ],
-)
-def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(td3, argv, word):
-    root = td3.parent.parent / "minari"
-    (root / "my/taken-v0/data").mkdir(parents=True, exist_ok=True)
-    before = sorted(root.rglob("*"))
-    command = [sys.executable, str(REPOSITORY / "benchmark/collect.py"), *argv.replace("RUN", str(td3)).split()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1
-    assert sorted(root.rglob("*")) == before
+def test_antmaze_has_its_rewards_and_nested_observations_back(place):
+    import gymnasium_robotics  # noqa: F401  registers AntMaze
+
+    flags = {"env_id": "AntMaze_UMaze-v5", "from_scratch": True, "online_steps": 40, "learning_starts": 40}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dmg_finetune, "evaluate", lambda *_: (np.zeros(1), np.ones(1)))  # it is slow
+        run = run_of(dmg_finetune, **flags)
+    (episode,) = episodes_of(run, "my/antmaze/replay-v0", replay=True)
+    assert set(load_checkpoint(run)["online"]["rows"][2].tolist()) == {-1.0}
+    assert set(episode.rewards) == {0.0}
+    assert {name: x.shape[0] for name, x in episode.observations.items()} == dict.fromkeys(
+        ("achieved_goal", "desired_goal", "observation"), 41
+    )
+    batch, _, _ = dmg_offline.load_dataset(dmg_offline.Args(env_id="my/antmaze/replay-v0"))
+    assert set(batch.rewards.tolist()) == {-1.0} and len(batch.rewards) == 40
+
+
+def test_what_cannot_be_done_is_said_and_writes_nothing(td3, place):
+    offline = run_of(dmg_offline, env_id="dmg/halfcheetah/medium-replay-v0", gradient_steps=2)
+    (place / "minari/my/taken-v0").mkdir(parents=True)
+    before = sorted((place / "minari").rglob("*"))
+    with pytest.raises(ValueError, match="exists"):
+        collect.collect(collect.Args(str(td3), "my/taken-v0"))
+    with pytest.raises(ValueError, match=r"dmg_offline\.py"):
+        collect.collect(collect.Args(str(offline), "my/new-v0", replay=True))
+    with pytest.raises(OSError, match="nowhere"):
+        collect.collect(collect.Args("nowhere", "my/new-v0"))
+    assert sorted((place / "minari").rglob("*")) == before
