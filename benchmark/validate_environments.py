@@ -38,7 +38,6 @@ class Args:
     csv: Path = Path("validation.csv")
     """where the returns are; the picture gets the same name with .png"""
     episodes: int = 50
-    """of each policy and environment"""
     names: tuple[str, ...] = ()
     """policies to roll out (default: all in published_returns.json)"""
 
