@@ -800,7 +800,8 @@ def accelerate(step, args, device):
         ctypes.CDLL(None).mallopt(-3, 2**25)
         ctypes.CDLL(None).mallopt(-1, 2**30)
     if args.compile:
-        step = torch.compile(step, options={"cpp_wrapper": device.type == "cpu"})
+        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the compiled function
+        step = torch.compile(step, fullgraph=True, options={"cpp_wrapper": device.type == "cpu"})
     if device.type != "cuda" or not args.cudagraphs:
         return step
     calls, graphs = [0, 0], {}
