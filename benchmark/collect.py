@@ -55,18 +55,18 @@ def script_of(folder):
     return importlib.import_module(name)
 
 
-def roll_out(args, env, agent, env_id):
+def roll_out(args, env, agent, trained):
     """Act for args.transitions steps: transitions as dmg_finetune.py saves them, states not normalised."""
     (state_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     widths = (state_dim,), (action_dim,), (), (state_dim,), ()
     nothing = dmg.Batch(*(torch.empty(0, *width) for width in widths))
-    settings = dmg.Args(env_id=env_id, from_scratch=True, online_steps=args.transitions, seed=args.seed)
+    settings = {"env_id": trained.env_id, "online_steps": args.transitions, "seed": args.seed}
+    settings = dmg.Args(from_scratch=True, **settings)
     new_agent = dmg.Agent(state_dim, action_dim, settings)  # its mean is 0 and its std 1
     replay = dmg.Replay(nothing, env, new_agent, settings)
     rng = np.random.default_rng(args.seed)
     for _ in trange(args.transitions, unit="step"):
-        noise = args.noise * rng.standard_normal(action_dim)
-        action = agent.act(replay.observation[None])[0] + noise
+        action = agent.act(replay.observation[None])[0] + args.noise * rng.standard_normal(action_dim)
         replay.step(np.clip(action, -1, 1).astype(np.float32))
     return replay.state()
 
@@ -88,8 +88,7 @@ def nest(space, x):
         return x.reshape(-1, *space.shape)
     named = isinstance(space, Dict)
     parts = list(space.values() if named else space)
-    ends = np.cumsum([flatdim(part) for part in parts])
-    pieces = np.split(x, ends[:-1], -1)
+    pieces = np.split(x, np.cumsum([flatdim(part) for part in parts])[:-1], -1)
     nested = [nest(part, piece) for part, piece in zip(parts, pieces, strict=True)]
     return dict(zip(space.keys(), nested, strict=True)) if named else tuple(nested)
 
@@ -99,8 +98,7 @@ def episodes(online, spaces, antmaze):
     space, box = spaces
     s, a, r, next_s, terminated = (x.numpy() for x in online["rows"])
     a = a * (box.high - box.low) / 2 + (box.high + box.low) / 2
-    bounds = sorted({0, *online["ends"], len(r)})
-    for start, end in itertools.pairwise(bounds):
+    for start, end in itertools.pairwise(sorted({0, *online["ends"], len(r)})):
         over = terminated[start:end] == 1
         last = np.arange(start, end) == end - 1
         yield EpisodeBuffer(
@@ -140,10 +138,7 @@ def collect(args):
     agent = script.Agent(*env.observation_space.shape, *env.action_space.shape, trained)
     checkpoint = torch.load(Path(args.run, "checkpoint.pt"), map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
-    if args.replay:
-        online = saved_replay(checkpoint, trained, agent)
-    else:
-        online = roll_out(args, env, agent, trained.env_id)
+    online = saved_replay(checkpoint, trained, agent) if args.replay else roll_out(args, env, agent, trained)
     buffers = list(episodes(online, env.recorded_spaces, dmg.is_antmaze(trained)))
     facts = description(trained, env) | {"algorithm_name": script.__name__}
     root = get_dataset_path()

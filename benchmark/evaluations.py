@@ -15,20 +15,10 @@ RUN = [*CELL, "seed", "run"]
 COLUMNS = ["step", "return_mean", "return_std", "normalized_score", "episodes", "wall_seconds"]
 COLUMNS = [*RUN, *COLUMNS, "q_values", "diverged"]
 # arguments that do not change what is learned or how it is scored, and those that have a column
-ASIDE = {
-    *CELL,
-    "seed",
-    "dataset_path",
-    "offline_steps",
-    "checkpoint",
-    "resume",
-    "cuda",
-    "torch_deterministic",
-}
-ASIDE |= {"matmul_precision", "compile", "cudagraphs", "eval_frequency", "capture_video", "track", "exp_name"}
-ASIDE |= {"wandb_project_name", "wandb_entity", "versions", "from_scratch"}
-# what older versions wrote
-ASIDE |= {"save_dataset", "eval_only", "num_seeds", "torch", "gymnasium", "mujoco", "minari", "commit"}
+ASIDE = """seed dataset_path offline_steps checkpoint resume cuda torch_deterministic matmul_precision
+    compile cudagraphs eval_frequency capture_video track exp_name wandb_project_name wandb_entity
+    versions from_scratch save_dataset eval_only num_seeds torch gymnasium mujoco minari commit"""
+ASIDE = {*CELL, *ASIDE.split()}
 
 
 def is_antmaze(env_id):
@@ -87,8 +77,8 @@ def read_run(path):
     # an older run that was resumed with more steps is a longer run
     data["gradient_steps"] = 0 if args.get("from_scratch") else max([offline, *(data.step - online)])
     data["online_steps"] = online
-    flags = sorted((name, value) for name, value in args.items() if name not in ASIDE and value is not None)
-    data["flags"] = " ".join(f"{name}={value}" for name, value in flags)
+    flags = [name for name in sorted(args) if name not in ASIDE and args[name] is not None]
+    data["flags"] = " ".join(f"{name}={args[name]}" for name in flags)
     return data.reindex(columns=COLUMNS)
 
 
@@ -107,10 +97,12 @@ def collect(sources):
                 raise ValueError(f"{path.parent} is no run of these scripts: {error!r}") from error
     if not found:
         raise ValueError(f"no runs in {' '.join(map(str, sources))}")
-    data = pd.concat([x.dropna(axis=1, how="all") for x in found], ignore_index=True).reindex(columns=COLUMNS)
+    found = [x.dropna(axis=1, how="all") for x in found]
+    data = pd.concat(found, ignore_index=True).reindex(columns=COLUMNS)
     for name in ("dataset", "flags"):
         data[name] = data[name].fillna("")
-    return data.drop_duplicates([*RUN, "step", "diverged"], keep="last").sort_values([*RUN, "step"])
+    data = data.drop_duplicates([*RUN, "step", "diverged"], keep="last")
+    return data.sort_values([*RUN, "step"])
 
 
 def kind_of(cell):
@@ -128,12 +120,8 @@ def summarise_runs(data):
         evaluated = run[run.diverged == 0]
         # without reference returns there is no score
         score = evaluated.normalized_score.fillna(evaluated.return_mean)
-        row |= {
-            "state": "unfinished",
-            "step": 0,
-            "score": np.nan,
-            "raw": evaluated.normalized_score.isna().all(),
-        }
+        row |= {"state": "unfinished", "step": 0, "score": np.nan}
+        row["raw"] = evaluated.normalized_score.isna().all()
         if len(evaluated):
             last = evaluated.iloc[-1]
             row |= {name: last[name] for name in ("step", "q_values", "wall_seconds")}
@@ -169,8 +157,10 @@ def summarise_cells(runs):
         if counted.empty:
             counted = cell[(cell.state == "unfinished") & cell.score.notna()]
         row |= {"n": len(counted), "step": counted.step.min(), "raw": cell.raw.all()}
-        row |= {"mean": counted.score.mean(), "std": counted.score.std(), "q_values": counted.q_values.mean()}
-        row |= {"handed_over": counted.handed_over.mean(), "handed_over_std": counted.handed_over.std()}
+        row["mean"], row["std"] = counted.score.mean(), counted.score.std()
+        row["q_values"] = counted.q_values.mean()
+        row["handed_over"] = counted.handed_over.mean()
+        row["handed_over_std"] = counted.handed_over.std()
         row["hours"] = (counted.wall_seconds / counted.step).mean() * 1e6 / 3600
         for state in ("diverged", "unfinished"):
             row[state] = (cell.state == state).sum()

@@ -18,14 +18,14 @@ def mlp_init(key, n_in, n_out, *nets):
 
 def mlp(layers, *inputs):
     x = jnp.concatenate(inputs, -1)
-    for w, b in layers[:-1]:
-        x = jax.nn.relu(x @ w + b)
-    w, b = layers[-1]
+    *hidden, (w, b) = layers
+    for w_hidden, b_hidden in hidden:
+        x = jax.nn.relu(x @ w_hidden + b_hidden)
     return x @ w + b
 
 
-def q_values(p, s, a):
-    return mlp(p, s, a)[..., 0]
+def values(p, *inputs):
+    return mlp(p, *inputs)[..., 0]
 
 
 def adam(loss, p, state):
@@ -39,7 +39,8 @@ def adam(loss, p, state):
     root = jnp.sqrt(1 - 0.999**t)
 
     def step(p, m, v):
-        return p - rate * m / (jnp.sqrt(v) / root + 1e-8)
+        divisor = jnp.sqrt(v) / root + 1e-8
+        return p - rate * m / divisor
 
     return tree.map(step, p, m, v), (m, v, t)
 
@@ -52,11 +53,10 @@ def start(key, state_dim, action_dim):
     }
     states = {}
     for name, net in nets.items():
-        m = tree.map(jnp.zeros_like, net)
-        v = tree.map(jnp.zeros_like, net)
-        states[name] = m, v, jnp.zeros(())
-    for name in ("pi", "q"):
-        nets[f"{name}_target"] = tree.map(jnp.copy, nets[name])
+        zeros = tree.map(jnp.zeros_like, net)
+        states[name] = zeros, zeros, jnp.zeros(())
+    nets["pi_target"] = nets["pi"]
+    nets["q_target"] = nets["q"]
     return nets, states
 
 
@@ -64,45 +64,50 @@ def update(nets, states, batch, noise, update_actor):
     s, a, r, next_s, terminated = batch
     nets = dict(nets)
     states = dict(states)
-    target_q = q_values(nets["q_target"], s, a).min(0)
+    target_q = values(nets["q_target"], s, a).min(0)
 
     def value_loss(p):
-        u = target_q - mlp(p, s)[..., 0]
+        u = target_q - values(p, s)
         expectile = jnp.abs(0.7 - (u < 0))
         return (expectile * u**2).mean()
 
     nets["v"], states["v"] = adam(value_loss, nets["v"], states["v"])
     smoothing = jnp.clip(0.2 * noise, -0.5, 0.5)
-    next_a = jnp.clip(jnp.tanh(mlp(nets["pi_target"], next_s)) + smoothing, -1, 1)
-    mild = q_values(nets["q_target"], next_s, next_a).min(0)
-    in_sample = mlp(nets["v"], next_s)[..., 0]
-    y = r + 0.99 * (1 - terminated) * (0.25 * mild + 0.75 * in_sample)
+    next_a = jnp.tanh(mlp(nets["pi_target"], next_s))
+    next_a = jnp.clip(next_a + smoothing, -1, 1)
+    mild = values(nets["q_target"], next_s, next_a).min(0)
+    in_sample = values(nets["v"], next_s)
+    target = 0.25 * mild + 0.75 * in_sample
+    y = r + 0.99 * (1 - terminated) * target
 
     def critic_loss(p):
-        error = q_values(p, s, a) - y
+        error = values(p, s, a) - y
         return (error**2).mean(1).sum()
 
     nets["q"], states["q"] = adam(critic_loss, nets["q"], states["q"])
     if not update_actor:
         return nets, states
-    advantage = target_q - mlp(nets["v"], s)[..., 0]
+    advantage = target_q - values(nets["v"], s)
     weight = jnp.minimum(jnp.exp(3 * advantage), 3)
 
     def actor_loss(p):
         pi = jnp.tanh(mlp(p, s))
-        q = q_values(nets["q"], s, pi).min(0)
+        q = values(nets["q"], s, pi).min(0)
         scale = jax.lax.stop_gradient(jnp.abs(q).mean())
         penalty = (weight[:, None] * (pi - a) ** 2).mean()
         return -q.mean() / scale + 0.1 * penalty
 
     nets["pi"], states["pi"] = adam(actor_loss, nets["pi"], states["pi"])
-    for name in ("pi", "q"):
-        target = nets[f"{name}_target"]
-        nets[f"{name}_target"] = tree.map(lambda t, p: t + 0.005 * (p - t), target, nets[name])
+
+    def move(target, p):
+        return target + 0.005 * (p - target)
+
+    nets["pi_target"] = tree.map(move, nets["pi_target"], nets["pi"])
+    nets["q_target"] = tree.map(move, nets["q_target"], nets["q"])
     return nets, states
 
 
-@functools.partial(jax.jit, static_argnames="steps", donate_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnames="steps")
 def train(nets, states, data, key, steps):
     """`steps` iterations, an even number: every second one moves the actor."""
 
@@ -110,8 +115,8 @@ def train(nets, states, data, key, steps):
         for update_actor in (False, True):
             key, subkey = jax.random.split(key)
             index = jax.random.randint(subkey, (256,), 0, len(data[2]))
-            noise = jax.random.normal(subkey, (256, data[1].shape[1]))
             batch = [x[index] for x in data]
+            noise = jax.random.normal(subkey, batch[1].shape)
             carry = update(*carry, batch, noise, update_actor)
         return carry, None
 

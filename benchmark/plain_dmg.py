@@ -52,7 +52,10 @@ class PlainDMG:
             in_sample = self.value(next_s).squeeze(1)
             y = r + 0.99 * (1 - terminated) * (0.25 * mild + 0.75 * in_sample)
         sa = torch.cat([s, a], 1)
-        loss = sum(((q(sa).squeeze(1) - y) ** 2).mean() for q in self.critic)
+        loss = 0
+        for q in self.critic:
+            error = q(sa).squeeze(1) - y
+            loss = loss + (error**2).mean()
         self.minimise(self.critic, loss)
         if update_actor:
             pi = self.actor(s)
@@ -67,6 +70,5 @@ class PlainDMG:
             self.move(self.critic, self.critic_target)
 
     def move(self, net, target):
-        pairs = zip(net.parameters(), target.parameters(), strict=True)
-        for p, t in pairs:
+        for p, t in zip(net.parameters(), target.parameters(), strict=True):
             t.data.copy_(0.005 * p.data + 0.995 * t.data)

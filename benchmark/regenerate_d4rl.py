@@ -193,7 +193,8 @@ def collect_maze(args):
         action = sample(weights, np.concatenate([state[2:], direction]), rng)
         action = np.clip(action + 0.2 * rng.standard_normal(8), -1, 1)
         timeout = t >= limit  # the row after the last step, as D4RL records it
-        for column, x in zip(columns.values(), (state, action, maze.goal, timeout), strict=True):
+        row = state, action, maze.goal, timeout
+        for column, x in zip(columns.values(), row, strict=True):
             column.append(x)
         maze.env.do_simulation(action, maze.env.frame_skip)
         state = maze.env.state_vector()

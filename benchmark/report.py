@@ -83,14 +83,10 @@ def score_table(part):
         row = {"data": shown}
         for name in in_order(part.algorithm):
             cell = cells[cells.algorithm == name]
-            columns = {name: (TABLES.get(name), "mean", "std")}
+            columns = {name: (4 if online else TABLES.get(name), "mean", "std")}
             if online and name != "TD3":
-                columns = {
-                    f"{name} offline": (4, "handed_over", "handed_over_std"),
-                    f"{name} online": (4, "mean", "std"),
-                }
-            elif online:
-                columns = {name: (4, "mean", "std")}
+                columns = {f"{name} offline": (4, "handed_over", "handed_over_std")}
+                columns[f"{name} online"] = 4, "mean", "std"
             for title, (table, mean, std) in columns.items():
                 row[title] = score_text(cell.iloc[0], mean, std) if len(cell) else ""
                 if heading:
@@ -108,7 +104,8 @@ def overview(cells):
         steps = f"{cell.gradient_steps:,.0f}" + (f" + {cell.online_steps:,.0f}" if cell.online_steps else "")
         row = {"data": cell.set, "algorithm": cell.algorithm, "lam": cell.lam, "nu": cell.nu, "steps": steps}
         row |= {"last score (return if raw)": score_text(cell) + (", raw" if cell.raw else "")}
-        row |= {"mean Q": round(cell.q_values, 1), "hours per 1M steps": round(cell.hours, 2)}
+        row["mean Q"] = round(cell.q_values, 1)
+        row["hours per 1M steps"] = round(cell.hours, 2)
         row["flags"] = " ".join(sorted(flags[number] - common[cell.algorithm]))
         rows.append(row)
     return pd.DataFrame(rows)
@@ -116,11 +113,8 @@ def overview(cells):
 
 def markdown(table):
     """A data frame as a table of Markdown."""
-    lines = [
-        table.columns,
-        ["---"] * len(table.columns),
-        *table.astype(object).where(table.notna(), "").values,
-    ]
+    rows = table.astype(object).where(table.notna(), "").values
+    lines = [table.columns, ["---"] * len(table.columns), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
@@ -160,7 +154,8 @@ def curves(data, runs, part, path):
             axis.axhline(float(paper), color="black", linestyle=":", linewidth=1, label=label)
         steps = "gradient steps" + ", then environment steps" * bool(cells.online_steps.any())
         unit = "return (reward)" if cells.raw.all() else "normalised score (%)"
-        axis.set(xlabel=steps, ylabel=unit)
+        axis.set_xlabel(steps)
+        axis.set_ylabel(unit)
         axis.set_title(shown, fontsize=9)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
@@ -170,9 +165,8 @@ def curves(data, runs, part, path):
     for axis in axes.flat[: len(sets)]:
         lines, names = axis.get_legend_handles_labels()
         labels |= dict(zip(names, lines, strict=True))
-    figure.legend(
-        labels.values(), labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False
-    )
+    place = {"loc": "outside lower center", "ncols": min(4, len(labels))}
+    figure.legend(labels.values(), labels, frameon=False, **place)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return f"![{path.stem}]({path.name})\n"

@@ -34,7 +34,6 @@ class Args:
     env_ids: tuple[str, ...]
     """--env-id of the runs"""
     scripts: tuple[str, ...] = ("dmg_offline.py",)
-    """scripts to run"""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """--seed of the runs"""
     values: tuple[str, ...] = ()
@@ -83,12 +82,10 @@ class Run:
         return found[-1]
 
     def record(self, attempts):
-        """Write status.json, which is whole at every moment."""
         temporary = self.folder / "status.json.tmp"
-        temporary.write_text(
-            json.dumps({"command": shlex.join(self.command), "attempts": attempts}, indent=2)
-        )
-        os.replace(temporary, self.folder / "status.json")
+        status = {"command": shlex.join(self.command), "attempts": attempts}
+        temporary.write_text(json.dumps(status, indent=2))
+        os.replace(temporary, self.folder / "status.json")  # whole at every moment
 
 
 def flag_axes(values):
@@ -136,16 +133,14 @@ def attempt(run, threads, sees_gpu):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if run.state in DONE:  # by another sweep meanwhile
             return
-        attempts = run.attempts
-        attempts.append({"node": node, "began": time.strftime("%Y-%m-%d %H:%M:%S"), "exit_code": None})
+        attempts = [*run.attempts, {"node": node, "began": time.strftime("%F %T"), "exit_code": None}]
         checkpoints = sorted(run.folder.glob("runs/*/checkpoint.pt"))
-        command = list(run.command)
+        command = run.command
         if checkpoints:
-            command[2:] = ["--resume", str(checkpoints[-1].parent)]
+            command = [*command[:2], "--resume", str(checkpoints[-1].parent)]
         print(f"\n$ {shlex.join(command)}", file=log, flush=True)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "60"}
-        if not sees_gpu:
-            environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment |= {} if sees_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         # PR_SET_PDEATHSIG: the script dies with this worker; its checkpoint is whole whenever that is
         die_with_me = (lambda: libc.prctl(1, 9)) if sys.platform == "linux" else None
         io = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": [lock.fileno()]}
@@ -169,7 +164,7 @@ def sweep(args, runs):
             start(run)
     while pending:
         (ended,), _ = ray.wait(list(pending))
-        run, reason = pending.pop(ended), ""
+        run = pending.pop(ended)
         try:
             ray.get(ended)
             state = run.state
@@ -178,9 +173,9 @@ def sweep(args, runs):
         again = run.state not in DONE and state != "wrong input" and left[run] > 0
         if state.startswith(("failed", "wrong")):
             printed = (run.folder / "output.log").read_text(errors="replace")
-            reason = ", " + re.split(r"[\r\n]+", printed.strip())[-1]
-        now, name = time.strftime("%H:%M:%S"), run.folder.name
-        print(f"{now} {name}: {state}{run.progress}{reason}{'; again' * again}", flush=True)
+            state += ", " + re.split(r"[\r\n]+", printed.strip())[-1]
+        now = time.strftime("%H:%M:%S")
+        print(f"{now} {run.folder.name}: {state}{run.progress}{'; again' * again}", flush=True)
         if again:
             left[run] -= 1
             start(run)

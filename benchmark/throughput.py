@@ -9,7 +9,6 @@ so that the neighbours of a shared machine trouble all alike.
 
 import dataclasses
 import importlib
-import itertools
 import json
 import os
 import statistics
@@ -120,9 +119,9 @@ def start_process(args, name):
     command = [sys.executable, __file__, "--serve", name, "--steps", str(args.steps)]
     command += ["--threads", str(args.threads), "--processes", str(args.processes)]
     command += [] if args.cuda else ["--no-cuda"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
 
 
 def main(args):
@@ -139,17 +138,12 @@ def main(args):
             seconds = [float(process.stdout.readline()) for process in processes]
             if turn:
                 speeds[name].append(sum(args.steps / x for x in seconds))
-    for process in itertools.chain(*running.values()):
-        process.stdin.close()
-        process.wait()
     print(f"| {args.threads} threads, {args.processes} processes | steps/s | range |\n|-|-|-|")
     for name, found in speeds.items():
         print(f"| {name} | {statistics.median(found):.0f} | {min(found):.0f} to {max(found):.0f} |")
     gpu = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else None
     record = {"torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(), "steps_per_second": speeds}
-    args.output.write_text(
-        json.dumps(record | {"threads": args.threads, "processes": args.processes}, indent=1)
-    )
+    args.output.write_text(json.dumps(vars(args) | {"output": None} | record, indent=1))
 
 
 if __name__ == "__main__":
