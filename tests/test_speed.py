@@ -99,7 +99,8 @@ CPP = pytest.param(td3bc, "inductor", marks=pytest.mark.skipif(not shutil.which(
 def test_compiled_and_plain_update_agree(script, backend, monkeypatch):
     """C++ takes a minute each: of the others only the trace is tested."""
     if backend == "eager":
-        monkeypatch.setattr(torch, "compile", lambda f, options, c=torch.compile: c(f, backend="eager"))
+        trace = lambda f, fullgraph, options, c=torch.compile: c(f, fullgraph=fullgraph, backend="eager")  # noqa: E731
+        monkeypatch.setattr(torch, "compile", trace)
     (plain, step, _), (agent, own_step, args) = learner(script), learner(script, compile=True)
     compiled = script.accelerate(own_step, args, torch.device("cpu"))
     for _ in range(3):
