@@ -72,7 +72,7 @@ def test_killed_diverged_and_wrong_runs_and_a_second_start(tmp_path):
     process = sweep(tmp_path, *flags)
     (path,) = wait_for(lambda: list(tmp_path.glob("benchmark-runs/*good*/runs/*/eval.csv")))
     good = the_run(tmp_path, "good")
-    wait_for(lambda: len(path.read_text().splitlines()) > 1)
+    wait_for(path.with_name("checkpoint.pt").exists)
     kill(attempts(good)[0]["pid"])
     code, printed = result(process, tmp_path)
 
