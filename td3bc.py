@@ -84,7 +84,7 @@ class Args:
     cudagraphs: bool = True
     """on a GPU, launch the whole update as one CUDA graph"""
     compile: bool = False
-    """compile the update (on a CPU it needs a C++ compiler and is then 1.4 times as fast)"""
+    """compile the update (on a CPU it needs a C++ compiler and is then 1.3 times as fast)"""
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     """of matrix products: high is float32 on a CPU, TF32 on a GPU; medium is faster on some AMD CPUs"""
     torch_deterministic: bool = True
