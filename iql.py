@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import sys
 import time
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.envs.mujoco import MujocoEnv
+from gymnasium.envs.mujoco.ant_v5 import AntEnv
 from gymnasium.spaces import Box, flatten
 from gymnasium.vector.utils import iterate
 from gymnasium.wrappers import FlattenObservation, RecordVideo, RescaleAction, TimeLimit
@@ -301,7 +302,7 @@ class Replay:
         room = [x.new_empty(args.online_steps, *x.shape[1:]) for x in dataset]
         device = agent.mean.device
         self.rows = Batch(*(torch.cat(parts).to(device) for parts in zip(dataset, room, strict=True)))
-        self.ends, self.returns = [], []  # of the online episodes: the row after their last, their return
+        self.ends, self.returns = [], []  # of the online episodes: how many online rows then, their return
         env.action_space.seed(args.seed)
         self.begin_episode()
 
@@ -312,7 +313,7 @@ class Replay:
         self.total_reward = 0.0
 
     def end_episode(self):
-        self.ends.append(self.size)
+        self.ends.append(self.size - self.first)
         self.returns.append(self.total_reward)
 
     def step(self, action):
@@ -339,7 +340,7 @@ class Replay:
             column[self.first : self.size] = x
         self.ends, self.returns = state["ends"], state["returns"]
         self.total_reward = math.nan  # of the cut episode
-        if self.size > (self.ends or [self.first])[-1]:
+        if self.size - self.first > (self.ends or [0])[-1]:
             self.end_episode()
         self.begin_episode()
 
@@ -347,15 +348,22 @@ class Replay:
 # ---- end of replay ----
 # ---- shared by all scripts: data ----
 UNIT_INTERVAL = "lam", "lam_end", "expectile", "gamma", "gamma_online", "target_update_rate"
-AT_LEAST_1 = (
-    "gradient_steps", "batch_size", "policy_frequency", "eval_frequency", "eval_episodes", "max_weight"
-)  # fmt: skip
+FROM_ONE = "gradient_steps", "batch_size", "policy_frequency", "eval_frequency", "eval_episodes", "max_weight"
 COLUMNS = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 D4RL_ROBOTS = {  # environment, return of a random and of an expert policy
     "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
     "hopper": ("Hopper-v4", -20.272305, 3234.3),
     "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+}
+D4RL_MAPS = {  # cell of the goal in metres, map of 4 m cells
+    "umaze": ((0, 8), "##### #...# ###.# #...# #####"),
+    "medium": ((20, 20), "######## #..##..# #..#...# ##...### #..#...# #.#..#.# #...#..# ########"),
+    "large": (
+        (32, 24),
+        "############ #....#.....# #.##.#.#.#.# #......#...# #.####.###.# #..#.#.....# "
+        "##.#.#.#.### #..#...#...# ############",
+    ),
 }
 D4RL_MAZES = {
     "antmaze-umaze-v2": "u-maze_noisy_multistart_False_multigoal_False",
@@ -388,7 +396,7 @@ class InputError(ValueError):
 
 
 def is_antmaze(args):
-    return "antmaze" in args.env_id.lower().replace("_", "")
+    return "antmaze" in args.env_id.lower()
 
 
 def complete(args, defaults):
@@ -399,7 +407,7 @@ def complete(args, defaults):
     defaults["eval_episodes"] = 100 if antmaze else 10
     for name, value in vars(args).items():
         value = defaults.get(name) if value is None else value
-        low, high = int(name in AT_LEAST_1), 1 if name in UNIT_INTERVAL else math.inf
+        low, high = int(name in FROM_ONE), 1 if name in UNIT_INTERVAL else math.inf
         if isinstance(value, int | float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} must be in [{low}, {high}], not {value}")
         setattr(args, name, value)
@@ -424,47 +432,14 @@ def download_d4rl(env_id):
     return path
 
 
-def check_rows(name, columns, shapes):
-    """COLUMNS as arrays of these shapes, rewards, terminals and timeouts (N,). Raises InputError."""
-    rows, n = [], len(columns[0])
-    for key, x, shape in zip(COLUMNS, columns, shapes, strict=False):
-        if len(x) != n or x.size != n * math.prod(shape):
-            raise InputError(f"{name} has {key} of shape {x.shape}; needed is {(n, *shape)}")
-        if not np.isfinite(x).all():
-            advice = "mark the row before each as a timeout, then remove it"
-            raise InputError(f"{name} has NaN or infinite {key}: {advice}")
-        rows.append(x.reshape(n, *shape))
-    if not np.isin(rows[3:5], (0, 1)).all():
-        raise InputError(f"{name} has terminals or timeouts other than 0 and 1")
-    return rows
-
-
-def read_hdf5(path, shapes):
-    """`check_rows` of a file in D4RL's schema, and which rows have a next one, (N,). Raises InputError.
-
-    As in d4rl.qlearning_dataset the next observation is that of the next row: the last row and rows at a
-    timeout have none. A stored next_observations is only compared with it.
-    """
+def read_hdf5(path):
+    """The COLUMNS of a file in D4RL's schema; it may lack next_observations. Raises InputError."""
     try:
         with h5py.File(path) as file:
             names = COLUMNS if COLUMNS[5] in file else COLUMNS[:5]
-            columns = [file[name].astype(np.float32)[:] for name in names]
+            return [file[name].astype(np.float32)[:] for name in names]
     except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"cannot read {path} ({error}): it needs {', '.join(COLUMNS[:5])}") from error
-    s, a, r, terminals, timeouts, *stored = check_rows(path, columns, shapes)
-    next_s = np.roll(s, -1, 0)
-    kept = timeouts == 0
-    kept[-1:] = False
-    if not timeouts.any():
-        advice = "set timeouts to 1 in the last row of each episode that a time limit ended"
-        print(f"Warning: {path} marks no timeouts, so rows of two episodes may be joined: {advice}")
-    if stored:
-        differs = (np.abs(stored[0] - next_s) > 1e-4).any(1) & kept & (terminals == 0)
-        if 2 * differs.sum() > kept.sum():
-            raise InputError(f"{path} is not in the order of time: next_observations are not the next rows'")
-        if differs.any():
-            print(f"Warning: {path} has {differs.sum():,} next_observations that are not the next row's")
-    return (s, a, r, terminals, timeouts, next_s), kept
 
 
 def open_minari(env_id):
@@ -506,8 +481,8 @@ def open_minari(env_id):
     return source
 
 
-def read_minari(env_id, space, shapes):
-    """As read_hdf5, but every row has a next one. Observations are flattened as by FlattenObservation."""
+def read_minari(env_id, space):
+    """The COLUMNS of a Minari dataset, observations of `space` flattened. Raises InputError."""
     source, episodes = open_minari(env_id), []
     try:
         for x in source:
@@ -516,8 +491,43 @@ def read_minari(env_id, space, shapes):
     except (OSError, KeyError) as error:
         folder = source.storage.data_path.parent
         raise InputError(f"{env_id} is incomplete ({error}): delete {folder} and try again") from error
-    columns = [np.concatenate(x, dtype=np.float32) for x in zip(*episodes, strict=True)]
-    return check_rows(env_id, columns, shapes), np.ones(len(columns[0]), bool)
+    return [np.concatenate(x, dtype=np.float32) for x in zip(*episodes, strict=True)]
+
+
+def check_columns(name, columns, env):
+    """The columns with the shapes of `env`, rewards, terminals and timeouts (N,). Raises InputError."""
+    state, action, rows = env.observation_space.shape, env.action_space.shape, len(columns[0])
+    for k, shape in enumerate((state, action, (), (), (), state)[: len(columns)]):
+        x, shape = columns[k], (rows, *shape)
+        if len(x) != rows or x.size != math.prod(shape):
+            raise InputError(f"{name} has {COLUMNS[k]} of shape {x.shape}; needed is {shape}")
+        if not np.isfinite(x).all():
+            advice = "mark the row before each as a timeout, then remove it"
+            raise InputError(f"{name} has NaN or infinite {COLUMNS[k]}: {advice}")
+        columns[k] = x.reshape(shape)
+    if not np.isin(columns[3:5], (0, 1)).all():
+        raise InputError(f"{name} has terminals or timeouts other than 0 and 1")
+    return columns
+
+
+def find_next(name, s, terminals, timeouts, stored):
+    """Next observations, (N, state_dim), of HDF5 rows, and which rows have one, (N,). Raises InputError.
+
+    As in d4rl.qlearning_dataset they are the next row's; the last row and rows at a timeout have none. The
+    `stored` next_observations, if any, are only compared with them.
+    """
+    next_s, kept = np.roll(s, -1, 0), timeouts == 0
+    kept[-1:] = False
+    if not timeouts.any():
+        advice = "set timeouts to 1 in the last row of each episode that a time limit ended"
+        print(f"Warning: {name} marks no timeouts, so rows of two episodes may be joined: {advice}")
+    for column in stored:
+        differs = (np.abs(column - next_s) > 1e-4).any(1) & kept & (terminals == 0)
+        if 2 * differs.sum() > kept.sum():
+            raise InputError(f"{name} is not in the order of time: next_observations are not the next rows'")
+        if differs.any():
+            print(f"Warning: {name} has {differs.sum():,} next_observations that are not the next row's")
+    return next_s, kept
 
 
 def load_dataset(args):
@@ -527,31 +537,29 @@ def load_dataset(args):
     """
     env = make_env(args)
     space, box = env.recorded_spaces
-    state = env.observation_space.shape
-    shapes = state, box.shape, (), (), (), state
     name = args.dataset_path or args.env_id
     if args.dataset_path or name in D4RL_SHA256:
-        rows, kept = read_hdf5(args.dataset_path or download_d4rl(name), shapes)
+        columns = read_hdf5(args.dataset_path or download_d4rl(name))
+        s, a, r, terminated, timeouts, *stored = check_columns(name, columns, env)
+        next_s, kept = find_next(name, s, terminated, timeouts, stored)
     else:
-        rows, kept = read_minari(name, space, shapes)
+        columns = read_minari(name, space)
+        s, a, r, terminated, timeouts, next_s = check_columns(name, columns, env)
+        kept = np.ones(len(s), bool)
     if not kept.any():
         raise InputError(f"{name} has no transition")
-    s, a, r, terminated, timeouts, next_s = rows
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
     if np.abs(a).max() > 1 + 1e-3:
         raise InputError(f"{name} has actions outside the environment's {box.low} to {box.high}")
-    ends, sums = timeouts + terminated > 0, np.cumsum(r, dtype=np.float64)
     if is_antmaze(args):
         if not np.isin(r, (0, 1)).all():
             raise InputError(f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere")
-        ends = timeouts == 1  # a recorded episode goes on after its goal
-        terminated = r
+        terminated = r  # a recorded episode goes on after its goal
         r = r - 1
-    returns = np.diff(sums[ends], prepend=0)
     s, a, r, next_s, terminated = (torch.from_numpy(x[kept]).float() for x in (s, a, r, next_s, terminated))
     print(
-        f"{name}: {len(r):,} transitions, {len(returns):,} whole episodes, {terminated.sum():,.0f} terminals,"
-        f" {timeouts.sum():,.0f} timeouts, mean return {returns.sum() / max(1, len(returns)):.2f}"
+        f"{name}: {len(r):,} transitions, {terminated.sum():,.0f} terminals, {timeouts.sum():,.0f} timeouts,"
+        f" mean reward {r.mean():.3f}"
     )
     mean, std = s.double().mean(0).float(), s.double().std(0, correction=0).add(1e-3).float()
     if not args.normalize_states:
@@ -578,56 +586,39 @@ def legacy_inertia(model, spec):
     mujoco.mj_setConst(model, mujoco.MjData(model))
 
 
-class D4RLAntMaze(MujocoEnv):
+class D4RLAntMaze(AntEnv):
     """D4RL's antmaze-*-v2: observation qpos (15) and qvel (14), reward 1 and the end within 0.5 of the goal.
 
-    Gymnasium's ant in Gymnasium-Robotics' mazes with D4RL's time step, contacts, torque, frame (the start
-    cell is the origin, +y runs down the map), reset and goal noise (d4rl/locomotion/*.py).
+    Gymnasium's ant with D4RL's mazes, time step, contacts, torque, frame (the start cell is the origin, +y
+    runs down the map), reset and goal noise (d4rl/locomotion/*.py).
     """
 
-    metadata = {"render_modes": ["human", "rgb_array", "depth_array"], "render_fps": 10}
-
-    def __init__(self, maze, render_mode=None):
-        self.maze = maze
-        space = Box(-np.inf, np.inf, (29,), np.float64)
-        view = {"distance": 70.0, "elevation": -90.0}  # the whole maze from above
-        super().__init__("ant.xml", 5, space, render_mode, camera_id=-1, default_camera_config=view)
+    def __init__(self, size, render_mode=None):
+        self.goal_cell, self.map = D4RL_MAPS[size]
+        super().__init__(
+            exclude_current_positions_from_observation=False,
+            include_cfrc_ext_in_observation=False,
+            render_mode=render_mode,
+        )
 
     def _initialize_simulation(self):
-        from gymnasium_robotics.envs.maze.maps import (
-            LARGE_MAZE,
-            MEDIUM_MAZE,
-            U_MAZE,
-        )  # not at the top: it prints
-
-        mazes = {
-            "umaze": (U_MAZE, (0, 8)),
-            "medium": (MEDIUM_MAZE, (20, 20)),
-            "large": (LARGE_MAZE, (32, 24)),
-        }
-        maze, self.goal_cell = mazes[self.maze]
         spec = mujoco.MjSpec.from_file(self.fullpath)
         spec.option.timestep = 0.02
         for motor in spec.actuators:
             motor.gear[0] = 30
         wall = {"type": mujoco.mjtGeom.mjGEOM_BOX, "size": [2, 2, 1], "contype": 1, "conaffinity": 1}
-        for i, j in np.argwhere(np.array(maze) == 1):
-            spec.worldbody.add_geom(pos=[4 * (j - 1), 4 * (i - 1), 1], **wall)
+        for i, row in enumerate(self.map.split()):
+            for j in np.flatnonzero(np.array(list(row)) == "#"):
+                spec.worldbody.add_geom(pos=[4 * (j - 1), 4 * (i - 1), 1], **wall)
         for geom in spec.geoms:
             geom.solimp[:3] = 0.8, 0.8, 0.01
-        spec.worldbody.add_site(
-            name="goal", pos=[*self.goal_cell, 0.5], size=[0.5, 0.5, 0.5], rgba=[1, 0, 0, 1]
-        )
         model = spec.compile()
         legacy_inertia(model, spec)
         return model, mujoco.MjData(model)
 
     def reset_model(self):
         self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
-        self.model.site("goal").pos[:2] = self.goal
-        qpos = self.init_qpos + self.np_random.uniform(-0.1, 0.1, self.model.nq)
-        self.set_state(qpos, self.init_qvel + 0.1 * self.np_random.standard_normal(self.model.nv))
-        return self.state_vector()
+        return super().reset_model()
 
     def step(self, action):
         self.do_simulation(action, self.frame_skip)
@@ -641,34 +632,33 @@ def make_env(args, render_mode=None):
     Its recorded_spaces are the observation and action space of the dataset.
     """
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
-    options = {"render_mode": render_mode} if render_mode else {}
-    family, kind, *_ = args.env_id.split("-") if args.env_id in D4RL_SHA256 else (None, None)
-    if is_antmaze(args) and not family:
+    name, options = args.env_id, {"render_mode": render_mode} if render_mode else {}
+    if is_antmaze(args) and name not in D4RL_SHA256:
         import gymnasium_robotics  # noqa: F401  registers AntMaze
 
         options["continuing_task"] = False  # an episode ends at the goal
     try:
-        if family == "antmaze":
-            env = TimeLimit(D4RLAntMaze(kind, **options), 700 if kind == "umaze" else 1000)
-        elif family:
+        if name in D4RL_MAZES:
+            size = name.split("-")[1]
+            env = TimeLimit(D4RLAntMaze(size, **options), 700 if size == "umaze" else 1000)
+        elif name in D4RL_SHA256:
             with warnings.catch_warnings(action="ignore"):  # -v4 and its XML are out of date on purpose
-                env = gym.make(D4RL_ROBOTS[family][0], **options)
+                env = gym.make(D4RL_ROBOTS[name.split("-")[0]][0], **options)
                 legacy_inertia(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
-        elif args.dataset_path or args.env_id in gym.registry:
-            env = gym.make(args.env_id, **options)
+        elif args.dataset_path or name in gym.registry:
+            env = gym.make(name, **options)
         else:
-            env = open_minari(args.env_id).recover_environment(eval_env=True, **options)
+            env = open_minari(name).recover_environment(eval_env=True, **options)
     except (gym.error.Error, ImportError) as error:
-        raise InputError(f"cannot make the environment of {args.env_id}: {error}") from error
-    if not family and env.spec.max_episode_steps is None:
-        warnings.warn(f"{args.env_id} has no time limit, 1000 steps are taken", stacklevel=1)
+        raise InputError(f"cannot make the environment of {name}: {error}") from error
+    if name not in D4RL_SHA256 and env.spec.max_episode_steps is None:
+        print(f"Warning: {name} has no time limit, 1000 steps are taken")
         env = TimeLimit(env, 1000)
-    box = env.action_space
+    space, box = env.observation_space, env.action_space
     if not isinstance(box, Box) or len(box.shape) != 1 or not box.is_bounded():
-        raise InputError(f"{args.env_id} has actions of {box}; needed is a Box of one dimension, with bounds")
-    space = env.observation_space
+        raise InputError(f"{name} has actions of {box}; needed is a Box of one dimension, with bounds")
     if re.search("Discrete|MultiBinary|Text|Sequence|Graph|OneOf", str(space)):
-        raise InputError(f"{args.env_id} has observations of {space}; needed is Box, or Dict or Tuple of Box")
+        raise InputError(f"{name} has observations of {space}; needed is Box, or Dict or Tuple of Box")
     env = RescaleAction(FlattenObservation(env), np.float32(-1), np.float32(1))
     env.recorded_spaces = space, box
     return env
@@ -676,31 +666,26 @@ def make_env(args, render_mode=None):
 
 # ---- end of environments ----
 # ---- shared by all scripts: evaluation and run folder ----
-EVAL_COLUMNS = (
-    "step", "return_mean", "return_std", "normalized_score", "length_mean", "episodes", "wall_seconds"
-)  # fmt: skip
+EVAL_HEADER = "step,return_mean,return_std,normalized_score,length_mean,episodes,wall_seconds"
 
 
-def evaluate(act, envs, episodes, seed):
-    """Returns and lengths, (episodes,) each, of the first episode after a reset with seed, seed + 1, ...
+def evaluate(act, envs, seed):
+    """Returns and lengths, (n,) each, of the first episode of each of n envs after a reset with seed + k.
 
-    act: observations (n, state_dim) -> actions (n, action_dim), for n = len(envs) episodes at a time. Each is
-    played to its end and counted, so short ones have no advantage. A vector environment would be slower.
+    act: observations (n, state_dim) -> actions (n, action_dim). Each episode is played to its end and
+    counted, so short ones have no advantage. A vector environment would be slower.
     """
-    returns, lengths = np.zeros((2, episodes))
-    for first in range(0, episodes, len(envs)):
-        playing = dict(enumerate(envs[: episodes - first]))
-        observations = np.zeros((len(envs), *envs[0].observation_space.shape))
-        for k, env in playing.items():
-            observations[k], _ = env.reset(seed=seed + first + k)
-        while playing:
-            actions = act(observations)
-            for k, env in list(playing.items()):
-                observations[k], reward, terminated, truncated, _ = env.step(actions[k])
-                returns[first + k] += reward
-                lengths[first + k] += 1
-                if terminated or truncated:
-                    del playing[k]
+    returns, lengths = np.zeros((2, len(envs)))
+    observations = np.stack([env.reset(seed=seed + k)[0] for k, env in enumerate(envs)])
+    playing = dict(enumerate(envs))
+    while playing:
+        actions = act(observations)
+        for k, env in list(playing.items()):
+            observations[k], reward, terminated, truncated, _ = env.step(actions[k])
+            returns[k] += reward
+            lengths[k] += 1
+            if terminated or truncated:
+                del playing[k]
     return returns, lengths
 
 
@@ -709,16 +694,17 @@ def normalized_score(args, mean_return):
 
     A D4RL name has D4RL's references, a Minari dataset its own, your own file none.
     """
-    random = expert = None
     if is_antmaze(args):
-        random, expert = 0.0, 1.0
-    elif args.env_id in D4RL_SHA256:
+        return 100 * mean_return
+    if args.env_id in D4RL_SHA256:
         _, random, expert = D4RL_ROBOTS[args.env_id.split("-")[0]]
-    elif not args.dataset_path and args.env_id not in gym.registry:
+    elif args.dataset_path or args.env_id in gym.registry:
+        return None
+    else:
         metadata = open_minari(args.env_id).storage.metadata
         random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if random is None or expert is None:
-        return None
+        if random is None or expert is None:
+            return None
     return 100 * (mean_return - random) / (expert - random)
 
 
@@ -751,7 +737,7 @@ def set_up(args):
 def open_run(args, first):
     """The run folder, new or resumed before step `first`, with args.json in it, and its TensorBoard log."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    folder = Path(args.resume or f"runs/{name.replace('/', '-').replace(':', '-')}")
+    folder = Path(args.resume or f"runs/{re.sub('[/:]', '-', name)}")
     folder.mkdir(parents=True, exist_ok=bool(args.resume))
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
     record = vars(args) | {"resume": None, "versions": versions}
@@ -784,21 +770,20 @@ class Adam(nn.Module):
         with torch.no_grad():
             gradient = torch.cat([x.flatten() for x in gradients])
             self.step += 1
-            bias1 = 1 - torch.exp(self.step * math.log(0.9))  # 1 - 0.9^step, which compiled code would repeat
-            root = torch.sqrt(1 - torch.exp(self.step * math.log(0.999)))
             self.m.lerp_(gradient, 1 - 0.9)
-            self.v.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
-            divisor = self.v.sqrt().add_(1e-8 * root).mul_(bias1 / (root * self.learning_rate))
-            change = torch.div(self.m, divisor, out=divisor)
+            self.v.lerp_(gradient.square(), 1 - 0.999)
+            m = self.m / (1 - torch.exp(self.step * math.log(0.9)))  # 1 - 0.9^step; a power is slower
+            v = self.v / (1 - torch.exp(self.step * math.log(0.999)))
+            change = self.learning_rate * m / (v.sqrt() + 1e-8)
             changes = zip(change.split(self.sizes), self.net_parameters, strict=True)
             torch._foreach_sub_(self.net_parameters, [x.view_as(p) for x, p in changes])
 
 
 def accelerate(step, args, device):
     """step(update_actor), which changes tensors in place, compiled and, on a GPU, as a CUDA graph."""
-    if sys.platform == "linux":  # keep what a step frees (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD): 15 % faster
-        ctypes.CDLL(None).mallopt(-3, 2**25)
-        ctypes.CDLL(None).mallopt(-1, 2**30)
+    if platform.libc_ver()[0] == "glibc":  # keep what a step frees: 15 % faster
+        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the compiled function
         step = torch.compile(step, fullgraph=True, options={"cpp_wrapper": device.type == "cpu"})
@@ -828,12 +813,10 @@ def main(args):
     dataset, mean, std = load_dataset(args)
     dataset = dataset._replace(actions=dataset.actions.clamp(-1 + 1e-5, 1 - 1e-5))
     scale = 1.0 if is_antmaze(args) else reward_scale(dataset)  # online rewards are scaled like the dataset's
-    envs = [make_env(args) for _ in range(min(args.eval_episodes, 10))]
+    envs = [make_env(args) for _ in range(args.eval_episodes)]
     agent = Agent(len(mean), dataset.actions.shape[1], args)
     agent.mean, agent.std = mean, std
-    generator = torch.Generator(device).manual_seed(
-        args.seed
-    )  # of batches and actions; evaluation has its own
+    generator = torch.Generator(device).manual_seed(args.seed)  # of batches and actions, not of evaluation
     first, evaluations, begun = 0, [], time.time()
     if args.resume:
         checkpoint = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
@@ -854,6 +837,9 @@ def main(args):
 
     learn = accelerate(update_on_batch, args, device)
     folder, writer = open_run(args, first)
+    if args.capture_video:
+        env = make_env(args, "rgb_array")
+        envs[0] = RecordVideo(env, f"{folder}/videos", lambda _: True, name_prefix=f"from-step-{first}")
     metrics, total = {}, args.gradient_steps + args.online_steps
     bar = tqdm(total=total, initial=max(first - 1, 0), unit="step")
     for step in range(first, total + 1):
@@ -872,12 +858,9 @@ def main(args):
         due = step % args.eval_frequency == 0 or step in (args.gradient_steps, total)
         if metrics and (due or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
-            # Adam's small steps keep a runaway Q finite for long
-            largest_return = (
-                scale * replay.rows.rewards[: replay.size].abs().max() / max(1 - args.gamma, 1e-3)
-            )
-            ran_away = abs(logs["losses/q_values"]) > max(1000, 10 * largest_return)
-            if ran_away or not math.isfinite(sum(logs.values())):
+            largest_reward = scale * replay.rows.rewards[: replay.size].abs().max().item()
+            q_limit = 1000 + 10 * largest_reward / (1.001 - args.gamma)  # above any return
+            if not abs(logs["losses/q_values"]) < q_limit:  # also if it is NaN
                 writer.add_scalar("eval/diverged", 1, step)
                 writer.close()
                 print(f"diverged at step {step:,}, {folder} has the last checkpoint: {logs}", file=sys.stderr)
@@ -888,42 +871,37 @@ def main(args):
             logs["charts/actor_learning_rate"] = agent.actor_optimizer.learning_rate.item()
 
         if due:
-            eval_seed = 1000 * (args.seed + 1)  # the same episodes each time
-            returns, lengths = evaluate(agent.act, envs, args.eval_episodes, eval_seed)
+            returns, lengths = evaluate(agent.act, envs, 1000 * (args.seed + 1))  # the same episodes
             mean, std, length = map(float, (returns.mean(), returns.std(), lengths.mean()))
-            score, text = normalized_score(args, mean), ""
+            score = normalized_score(args, mean)
             logs |= {"eval/episodic_return": mean, "eval/episodic_length": length}
+            message = f"step {step:,}: return {mean:.1f} +- {std:.1f}"
             if score is not None:
                 logs["eval/normalized_score"] = score
-                text = f", score {score:.1f}"
-            tqdm.write(f"step {step:,}: return {mean:.1f} +- {std:.1f}{text}")
-            if args.capture_video:
-                env = make_env(args, "rgb_array")
-                with RecordVideo(env, f"{folder}/videos", name_prefix=f"step-{step}") as film:
-                    evaluate(agent.act, [film], 1, eval_seed)
+                message += f", score {score:.1f}"
+            tqdm.write(message)
 
         for name, value in logs.items():
             writer.add_scalar(name, value, step)
         if due:
             writer.flush()
             seconds = time.time() - begun
-            evaluations.append([step, mean, std, score, length, args.eval_episodes, seconds])
+            evaluations.append([step, mean, std, score, length, len(envs), seconds])
             with open(folder / "eval.csv", "w") as file:
-                for row in [EVAL_COLUMNS, *evaluations]:
+                print(EVAL_HEADER, file=file)
+                for row in evaluations:
                     print(*row, sep=",", file=file)
             state = {"step": step, "evaluations": evaluations, "seconds": seconds, "device": device.type}
-            state |= {
-                "agent": agent.state_dict(),
-                "generator": generator.get_state(),
-                "online": replay.state(),
-            }
+            state |= {"agent": agent.state_dict(), "generator": generator.get_state()}
+            state["online"] = replay.state()
             torch.save(state, folder / "checkpoint.tmp")
             os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at every moment
     bar.close()
     writer.close()
-    column = 1 if evaluations[-1][3] is None else 3
+    envs[0].close()  # its film
+    column, name = (3, "normalized_score") if evaluations[-1][3] is not None else (1, "return_mean")
     last = [row[column] for row in evaluations[-5:]]
-    print(f"{folder}: {EVAL_COLUMNS[column]} {last[-1]:.1f}, mean of the last five {np.mean(last):.1f}")
+    print(f"{folder}: {name} {last[-1]:.1f}, mean of the last five {np.mean(last):.1f}")
 
 
 if __name__ == "__main__" and "__file__" in globals():  # not when pasted into a notebook

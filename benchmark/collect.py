@@ -73,12 +73,9 @@ def roll_out(args, env, agent, trained):
 
 def saved_replay(checkpoint, trained, agent):
     """The online transitions of a run of dmg_finetune.py, states not normalised, episode ends from 0."""
-    online, first = checkpoint["online"], 0
+    online = checkpoint["online"]
     for k in (0, 3):  # observations, next observations
         online["rows"][k] = online["rows"][k] * agent.std + agent.mean
-    if not trained.from_scratch:  # ends are counted from the dataset's first row
-        first = len(dmg.load_dataset(trained)[0].rewards)
-    online["ends"] = [end - first for end in online["ends"]]
     return online
 
 

@@ -57,10 +57,10 @@ def roll_out(args):
 
         for kind in ["maze"] if ant else ["faithful", "stock"]:
             with warnings.catch_warnings(action="ignore"):  # -v4 is out of date on purpose
-                envs = [dmg.make_env(dmg.Args(env_id=env_id)) for _ in range(min(10, args.episodes))]
+                envs = [dmg.make_env(dmg.Args(env_id=env_id)) for _ in range(args.episodes)]
                 if kind == "stock":
                     envs = [gym.make(env.spec.id) for env in envs]
-            returns, lengths = dmg.evaluate(act, envs, args.episodes, 54321)
+            returns, lengths = dmg.evaluate(act, envs, 54321)
             measured = f"{returns.mean():.3f},{returns.std():.3f}", *published[name], f"{lengths.mean():.0f}"
             lines.append(",".join(map(str, [name, kind, args.episodes, *measured])))
             print(lines[-1])

@@ -34,12 +34,12 @@ class SeedEnv(gym.Env):
         return self.observe(), self.reward * float(right.all()), over and not odd, over and odd, {}
 
 
-@pytest.mark.parametrize("num_envs, episodes", [(1, 9), (2, 34), (10, 1), (10, 10), (10, 100)])
-def test_each_episode_from_its_seed_counts_once_however_long(num_envs, episodes):
-    envs = [SeedEnv() for _ in range(num_envs)]
+@pytest.mark.parametrize("episodes", [1, 9, 34])
+def test_each_episode_from_its_seed_counts_once_however_long(episodes):
+    envs = [SeedEnv() for _ in range(episodes)]
     expected = (5 + np.arange(episodes)) % 17 + 1
     for _ in range(2):  # what an evaluation leaves behind does not touch the next
-        returns, lengths = evaluate(lambda s: s / 2, envs, episodes, 5)
+        returns, lengths = evaluate(lambda s: s / 2, envs, 5)
         np.testing.assert_array_equal(returns, expected)
         np.testing.assert_array_equal(lengths, expected)
 

@@ -73,8 +73,9 @@ def test_lam_and_nu_near_their_ends_as_in_the_official_code():
     numbers = {1: (0.25, 0.5), 999: (0.25, 0.5), 1000: (0.2525, 0.49505), 1999: (0.2525, 0.49505)}
     numbers |= {100_000: (0.40849, 0.18619), 500_000: (0.49836, 0.00825), 1_000_000: (0.49999, 0.00502)}
     for t, expected in numbers.items():
-        assert online_schedule(t, args) == pytest.approx(expected, abs=5e-6)
-        assert online_schedule(t, limit) == (1, 0)
+        lam, nu = expected
+        assert online_schedule(t, args) == pytest.approx({"lam": lam, "nu": nu, "gamma": 0.99}, abs=5e-6)
+        assert online_schedule(t, limit) == {"lam": 1, "nu": 0, "gamma": 0.99}
 
 
 def test_each_update_is_given_the_numbers_of_its_time_and_update_1000_is_decayed():
@@ -184,7 +185,7 @@ def test_new_rows_stand_behind_the_dataset_in_order_with_normalised_states():
     assert rows.next_observations.tolist() == [[0, 0.5], [0, 1], [0.5, 0.5], [0.5, 1], [1, 0.5]]
     assert rows.rewards.tolist() == [2.5, 5, 2.5, 5, 2.5] and (rows.actions == 0.5).all()
     assert rows.terminated.tolist() == [0, 1, 0, 1, 0]
-    assert (replay.ends, replay.returns) == ([6, 8], [7.5, 7.5])
+    assert (replay.ends, replay.returns) == ([2, 4], [7.5, 7.5])
     assert env.seeds == [30_000_000, 30_000_001, 30_000_002]  # far from evaluation's
 
 
