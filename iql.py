@@ -652,7 +652,7 @@ def make_env(args, render_mode=None):
     except (gym.error.Error, ImportError) as error:
         raise InputError(f"cannot make the environment of {name}: {error}") from error
     if name not in D4RL_SHA256 and env.spec.max_episode_steps is None:
-        print(f"Warning: {name} has no time limit, 1000 steps are taken")
+        warnings.warn(f"{name} has no time limit, 1000 steps are taken", stacklevel=1)
         env = TimeLimit(env, 1000)
     space, box = env.observation_space, env.action_space
     if not isinstance(box, Box) or len(box.shape) != 1 or not box.is_bounded():

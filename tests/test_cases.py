@@ -195,10 +195,10 @@ def test_a_set_recorded_in_a_window_trains_without_a_screen(store):
     main(args)
 
 
-def test_an_environment_without_a_time_limit_gets_one_and_says_so(store, capsys):
+def test_an_environment_without_a_time_limit_gets_one_and_says_so(store):
     args = store(gym.make("Goal_vector-v0"), edit=lambda _, spec: spec.update(max_episode_steps=None))
-    env = make_env(args)
-    assert re.search("Warning: my/set-v0 has no time limit.*1000", capsys.readouterr().out)
+    with pytest.warns(UserWarning, match=r"my/set-v0 has no time limit.*1000"):
+        env = make_env(args)
     _, lengths = evaluate(lambda s: np.zeros((len(s), 1)), [env], 0)
     assert lengths == [1000]
 
