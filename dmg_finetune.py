@@ -802,8 +802,10 @@ def accelerate(step, args, device):
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
     if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # torch.autograd.grad inside the compiled function
-        step = torch.compile(step, fullgraph=True, options={"cpp_wrapper": device.type == "cpu"})
+        whole = hasattr(torch._dynamo.config, "trace_autograd_ops")  # else torch.autograd.grad splits it
+        if whole:
+            torch._dynamo.config.trace_autograd_ops = True
+        step = torch.compile(step, fullgraph=whole, options={"cpp_wrapper": device.type == "cpu"})
     if device.type != "cuda" or not args.cudagraphs:
         return step
     calls, graphs = [0, 0], {}

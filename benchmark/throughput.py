@@ -1,7 +1,7 @@
 """Gradient steps per second of the scripts, beside a plain PyTorch form and a JAX program of DMG.
 
-    python benchmark/throughput.py                            # one thread; the GPU instead if there is one
-    python benchmark/throughput.py --processes 20 --contenders dmg_offline    # 20 runs side by side
+    python benchmark/throughput.py                            # one thread; the GPU instead if one is visible
+    python benchmark/throughput.py --processes 20 --contenders "dmg_offline --compile"  # 20 side by side
 
 Update and batch alone, on data of Walker2d's size. Contenders are processes of their own and take turns,
 so that the neighbours of a shared machine trouble all alike.
@@ -24,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 STATE, ACTION, ROWS = 17, 6, 100_000
 SCRIPTS = ("dmg_offline", "dmg_finetune", "iql", "td3bc")
 CONTENDERS = (*SCRIPTS, *(f"{name} --compile" for name in SCRIPTS), "plain_dmg", "jax_dmg")
+GPU_FORMS = "", "--no-cudagraphs", "--compile", "--compile --no-cudagraphs", "--matmul-precision highest"
 
 
 @dataclasses.dataclass
 class Args:
     contenders: tuple[str, ...] = CONTENDERS
-    """what is measured"""
+    """what is measured: scripts with their flags, plain_dmg, jax_dmg"""
+    gpu_only: bool = False
+    """each script as CUDA graph, plain, compiled, and without TF32, beside JAX"""
     threads: int = 1
     """CPU threads of each process"""
     processes: int = 1
@@ -38,8 +41,6 @@ class Args:
     """gradient steps in a turn, an even number"""
     turns: int = 9
     """turns of each contender, behind one that is not counted"""
-    cuda: bool = True
-    """on the GPU if there is one"""
     output: Path = Path("throughput.json")
     """where the figures go"""
     serve: str = ""
@@ -59,11 +60,13 @@ def torch_learner(name, data, device):
             return script.update(agent, batch, args)
         return script.update(agent, batch, noise, args, update_actor)
 
-    script = importlib.import_module(name.split(" ")[0])
+    file, *flags = name.split()
+    script = importlib.import_module(file)
     if name == "plain_dmg":
         agent, fast = script.PlainDMG(STATE, ACTION), update
     else:
-        args = script.Args(compile="--compile" in name)
+        args = tyro.cli(script.Args, args=flags)
+        torch.set_float32_matmul_precision(args.matmul_precision)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         agent = script.Agent(STATE, ACTION, args).to(device)
@@ -98,7 +101,7 @@ def serve(args):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
-    gpu = args.cuda and torch.cuda.is_available() and args.serve != "plain_dmg"
+    gpu = torch.cuda.is_available() and args.serve != "plain_dmg"
     device = torch.device("cuda" if gpu else "cpu")
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())
@@ -118,7 +121,6 @@ def serve(args):
 def start_process(args, name):
     command = [sys.executable, __file__, "--serve", name, "--steps", str(args.steps)]
     command += ["--threads", str(args.threads), "--processes", str(args.processes)]
-    command += [] if args.cuda else ["--no-cuda"]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
@@ -127,7 +129,8 @@ def start_process(args, name):
 def main(args):
     """Print a table and write JSON; a contender that does not start is left out."""
     running, speeds = {}, {}
-    for name in args.contenders:
+    forms = [f"{name} {form}" for name in SCRIPTS for form in GPU_FORMS]
+    for name in [*forms, "jax_dmg"] if args.gpu_only else args.contenders:
         processes = [start_process(args, name) for _ in range(args.processes)]
         if all(process.stdout.readline() == "ready\n" for process in processes):
             running[name], speeds[name] = processes, []
@@ -141,7 +144,7 @@ def main(args):
     print(f"| {args.threads} threads, {args.processes} processes | steps/s | range |\n|-|-|-|")
     for name, found in speeds.items():
         print(f"| {name} | {statistics.median(found):.0f} | {min(found):.0f} to {max(found):.0f} |")
-    gpu = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     record = {"torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(), "steps_per_second": speeds}
     args.output.write_text(json.dumps(vars(args) | {"output": None} | record, indent=1))
 
