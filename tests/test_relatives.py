@@ -6,52 +6,39 @@ import math
 
 import numpy as np
 import pytest
+import test_update as hand
 import torch
 import torch.nn.functional as F
 from conftest import d4rl_arrays, load_checkpoint, same, write_hdf5
 from test_finetune import DATA, room, run, spied_run  # noqa: F401  room: all runs share one folder
-from test_update import (
-    ACTION,
-    BATCH,
-    STATE,
-    assert_same_step,
-    close,
-    crossed,
-    forward,
-    hand_polyak,
-    hand_step,
-    make_agent,
-    make_batch,
-    plain,
-    q_values,
-)
 
 import iql
 import td3bc
 
 pytestmark = pytest.mark.usefixtures("kept_gradients")
 HOPPER, ANTMAZE = "hopper-medium-v2", "antmaze-umaze-v2"
+STATE, ACTION, forward, q_values = hand.STATE, hand.ACTION, hand.forward, hand.q_values
 
 
 # ---- update by hand ----
 def test_td3bc_update_is_the_published_one():
     args = td3bc.Args(env_id=HOPPER)
-    agent = make_agent(td3bc, args)
+    agent = hand.make_agent(td3bc, args)
     reference = copy.deepcopy(agent)
     for k in range(1, 5):
-        (s, a, r, s2, terminated), noise = batch, noise = make_batch(k)
+        (s, a, r, s2, terminated), noise = batch, noise = hand.make_batch(k)
         metrics, expected = td3bc.update(agent, batch, noise, args, update_actor=k % 2 == 0), {}
-        a2 = (forward(plain(reference.actor_target), s2).tanh() + (0.2 * noise).clamp(-0.5, 0.5)).clamp(-1, 1)
+        a2 = (forward(reference.actor_target, s2).tanh() + (0.2 * noise).clamp(-0.5, 0.5)).clamp(-1, 1)
         y = (r + 0.99 * (1 - terminated) * torch.minimum(*q_values(reference.critic_target, s2, a2))).detach()
         loss = sum(F.mse_loss(q, y) for q in q_values(reference.critic, s, a))
-        expected["critic"] = hand_step(reference, "critic", loss)
+        expected["critic"] = hand.step(reference, "critic", loss)
         if k % 2 == 0:  # in the other steps actor and targets stand still
-            pi = forward(plain(reference.actor), s).tanh()
+            pi = forward(reference.actor, s).tanh()
             q1, bc = q_values(reference.critic, s, pi)[0], F.mse_loss(pi, a)
-            expected["actor"] = hand_step(reference, "actor", bc - 2.5 * q1.mean() / q1.detach().abs().mean())
+            expected["actor"] = hand.step(reference, "actor", bc - 2.5 * q1.mean() / q1.detach().abs().mean())
             assert metrics["bc_loss"].item() == pytest.approx(bc.item())
-            hand_polyak(reference, "critic", "actor")
-        assert_same_step(agent, metrics, reference, expected)
+            hand.polyak(reference, "critic", "actor")
+        hand.assert_same_step(agent, metrics, reference, expected)
 
 
 def hand_v(agent, x):
@@ -74,49 +61,51 @@ def hand_v(agent, x):
 def test_iql_xql_and_sql_updates_are_the_published_ones(in_sample, env_id, scale):
     args = iql.Args(env_id=env_id, in_sample=in_sample)
     tau, beta = (0.7, 3) if env_id == HOPPER else (0.9, 10)
-    agent = make_agent(iql, args, scale)
+    agent = hand.make_agent(iql, args, scale)
     reference = copy.deepcopy(agent)
     for k in range(1, 4):
-        (s, a, r, s2, terminated) = batch = make_batch(k)[0]
+        (s, a, r, s2, terminated) = batch = hand.make_batch(k)[0]
         metrics, expected = iql.update(agent, batch, args), {}
         target_q = torch.minimum(*q_values(reference.critic_target, s, a)).detach()
         v = hand_v(reference, s)
-        u = crossed(target_q - v, 0)
+        u = hand.crossed(target_q - v, 0)
         if in_sample == "iql":
             loss = torch.where(u > 0, tau * u**2, (1 - tau) * u**2).mean()
         elif in_sample == "xql":  # beta 2, max_clip 7
-            z = torch.where(crossed(u / 2, 7) < 7, u / 2, 7.0)
+            z = torch.where(hand.crossed(u / 2, 7) < 7, u / 2, 7.0)
             loss = ((z - 7).exp() - z * math.exp(-7) - math.exp(-7)).mean()
         else:  # alpha 1
-            t = crossed(u / 2 + 1, 0)
+            t = hand.crossed(u / 2 + 1, 0)
             loss = (torch.where(t > 0, t**2, 0 * t) + v).mean()
-        expected["value"] = hand_step(reference, "value", loss)
+        expected["value"] = hand.step(reference, "value", loss)
 
         u = target_q - hand_v(reference, s).detach()
-        weight = crossed(u.clamp(0) if in_sample == "sql" else (beta * u).exp(), 100).clamp(max=100)
+        weight = hand.crossed(u.clamp(0) if in_sample == "sql" else (beta * u).exp(), 100).clamp(max=100)
         sigma = reference.actor.log_std.exp()
-        z = (a - forward(plain(reference.actor.mean), s).tanh()) / sigma
+        z = (a - forward(reference.actor.mean, s).tanh()) / sigma
         log_prob = (-0.5 * z**2 - sigma.log() - 0.5 * math.log(2 * math.pi)).sum(1)
-        expected["actor"] = hand_step(reference, "actor", -(weight * log_prob).mean())
+        expected["actor"] = hand.step(reference, "actor", -(weight * log_prob).mean())
 
         y = r + 0.99 * (1 - terminated) * hand_v(reference, s2).detach()
         errors = [q - y for q in q_values(reference.critic, s, a)]
         losses = [e**2 for e in errors]
         if in_sample == "xql":  # half the slope of the others'
-            losses = [torch.where(crossed(e.abs(), 20) <= 20, e**2 / 2, 20 * e.abs() - 200) for e in errors]
-        expected["critic"] = hand_step(reference, "critic", sum(loss.mean() for loss in losses))
-        hand_polyak(reference, "critic")
-        assert_same_step(agent, metrics, reference, expected)
+            losses = [
+                torch.where(hand.crossed(e.abs(), 20) <= 20, e**2 / 2, 20 * e.abs() - 200) for e in errors
+            ]
+        expected["critic"] = hand.step(reference, "critic", sum(loss.mean() for loss in losses))
+        hand.polyak(reference, "critic")
+        hand.assert_same_step(agent, metrics, reference, expected)
 
 
 # ---- networks and defaults of IQL ----
 def test_the_policy_is_a_gaussian_with_a_tanh_mean_and_one_clipped_standard_deviation():
     actor = iql.GaussianActor(STATE, ACTION)
     assert torch.equal(actor.log_std, torch.zeros(ACTION))
-    s, actor.log_std.data = 100 * torch.randn(BATCH, STATE), torch.tensor([-9.0, 0.5, 9.0])
+    s, actor.log_std.data = 100 * torch.randn(16, STATE), torch.tensor([-9.0, 0.5, 9.0])
     assert type(actor(s)) is torch.distributions.Normal  # not squashed: its samples leave [-1, 1]
-    assert torch.equal(actor(s).stddev, torch.tensor([-5.0, 0.5, 2.0]).exp().expand(BATCH, ACTION))
-    close(actor(s).mean, forward(plain(actor.mean), s).tanh(), atol=1e-5)
+    assert torch.equal(actor(s).stddev, torch.tensor([-5.0, 0.5, 2.0]).exp().expand(16, ACTION))
+    hand.close(actor(s).mean, forward(actor.mean, s).tanh(), atol=1e-5)
 
 
 @pytest.mark.parametrize("in_sample, norms", [("iql", []), ("xql", 2 * [1e-6]), ("sql", 2 * [1e-6])])
@@ -127,7 +116,7 @@ def test_layers_are_orthogonal_without_biases_and_only_v_is_normalised(in_sample
     for layer in layers:
         for w in layer.weight.detach().view(-1, *layer.weight.shape[-2:]):
             w = w if w.shape[0] <= w.shape[1] else w.T
-            close(w @ w.T, 2 * torch.eye(len(w)), atol=1e-5)
+            hand.close(w @ w.T, 2 * torch.eye(len(w)), atol=1e-5)
         assert layer.weight.ndim == 2 or not torch.equal(*layer.weight)
     assert same(agent.critic.state_dict(), agent.critic_target.state_dict())
     for net in (agent, agent.value):
@@ -143,10 +132,8 @@ def test_layers_are_orthogonal_without_biases_and_only_v_is_normalised(in_sample
     ],
 )
 def test_defaults_of_iql_are_the_published_ones(in_sample, temperatures, rest):
-    for env_id, temperature, own in (
-        (HOPPER, temperatures[0], (0.7, 3)),
-        (ANTMAZE, temperatures[1], (0.9, 10)),
-    ):
+    of_env = zip((HOPPER, ANTMAZE), temperatures, ((0.7, 3), (0.9, 10)), strict=True)
+    for env_id, temperature, own in of_env:
         args = iql.Args(env_id=env_id, in_sample=in_sample)
         found = args.in_sample_temperature, args.expectile, args.inverse_temperature
         assert found == (temperature, *own)

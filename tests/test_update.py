@@ -37,34 +37,21 @@ def make_batch(seed=1):
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     terminated = (torch.arange(BATCH) % 4 == 0).double()
-    s, a, r, next_s = (
-        normal(BATCH, STATE),
-        normal(BATCH, ACTION).tanh(),
-        3 * normal(BATCH),
-        normal(BATCH, STATE),
-    )
-    return Batch(s, a, r, next_s, terminated), 2 * normal(BATCH, ACTION)
+    s, a, r, next_s = normal(BATCH, STATE), normal(BATCH, ACTION).tanh(), normal(BATCH), normal(BATCH, STATE)
+    return Batch(s, a, 3 * r, next_s, terminated), 2 * normal(BATCH, ACTION)
 
 
-def forward(weights, x):
-    (w1, b1), (w2, b2), (w3, b3) = weights
-    return F.linear(F.linear(F.linear(x, w1, b1).relu(), w2, b2).relu(), w3, b3)
-
-
-def plain(net):
-    return [(layer.weight.T, layer.bias[0]) for layer in net if hasattr(layer, "weight")]
-
-
-def twin(critic, k):
-    return [(layer.weight[k].T, layer.bias[k, 0]) for layer in critic.net if hasattr(layer, "weight")]
+def forward(net, x, of=()):
+    """Linear, ReLU, Linear, ReLU, Linear; `of` picks one of two twins."""
+    l1, l2, l3 = ((x.weight[of].T, x.bias[of][0]) for x in net if hasattr(x, "weight"))
+    return F.linear(F.linear(F.linear(x, *l1).relu(), *l2).relu(), *l3)
 
 
 def q_values(critic, s, a):
-    x = torch.cat([s, a], 1)
-    return [forward(twin(critic, k), x)[:, 0] for k in (0, 1)]
+    return [forward(critic.net, torch.cat([s, a], 1), k)[:, 0] for k in (0, 1)]
 
 
-def hand_step(agent, name, loss):
+def step(agent, name, loss):
     """A step of an Adam of this test's own on the network `name`: its loss and gradients."""
     parameters = list(getattr(agent, name).parameters())
     adams = agent.__dict__.setdefault("adams", {})
@@ -76,7 +63,7 @@ def hand_step(agent, name, loss):
     return loss.item(), gradients
 
 
-def hand_polyak(agent, *names):
+def polyak(agent, *names):
     for name in names:
         nets = getattr(agent, name), getattr(agent, f"{name}_target")
         for p, t in zip(*(net.parameters() for net in nets), strict=True):
@@ -118,25 +105,25 @@ def test_dmgs_update_is_the_published_one(lam, nu, tau, alpha, most, gamma, nois
         (s, a, r, s2, terminated), noise = batch, noise = make_batch(k)
         metrics, expected = update(agent, batch, noise, args, update_actor=k % 2 == 0), {}
         target_q = torch.minimum(*q_values(reference.critic_target, s, a)).detach()
-        u = crossed(target_q - forward(plain(reference.value), s)[:, 0], 0)
+        u = crossed(target_q - forward(reference.value, s)[:, 0], 0)
         loss = torch.where(u > 0, tau * u**2, (1 - tau) * u**2).mean()
-        expected["value"] = hand_step(reference, "value", loss)
+        expected["value"] = step(reference, "value", loss)
 
-        v2 = forward(plain(reference.value), s2)[:, 0].detach()
-        a2 = forward(plain(reference.actor_target), s2).tanh()
+        v2 = forward(reference.value, s2)[:, 0].detach()
+        a2 = forward(reference.actor_target, s2).tanh()
         a2 = crossed(a2 + crossed(noise_of * noise, clip).clamp(-clip, clip), 1).clamp(-1, 1)
         q2 = torch.minimum(*q_values(reference.critic_target, s2, a2)).detach()
         y = torch.where(terminated == 1, r, r + gamma * (lam * q2 + (1 - lam) * v2))
         loss = sum(F.mse_loss(q, y) for q in q_values(reference.critic, s, a))
-        expected["critic"] = hand_step(reference, "critic", loss)
+        expected["critic"] = step(reference, "critic", loss)
         if k % 2 == 0:  # in the other steps actor and targets stand still
-            pi = forward(plain(reference.actor), s).tanh()
+            pi = forward(reference.actor, s).tanh()
             q = torch.minimum(*q_values(reference.critic, s, pi))
-            u = target_q - forward(plain(reference.value), s)[:, 0].detach()
+            u = target_q - forward(reference.value, s)[:, 0].detach()
             weight = crossed((alpha * u).exp(), most).clamp(max=most)
             loss = nu * (weight[:, None] * (pi - a) ** 2).mean() - q.mean() / q.detach().abs().mean()
-            expected["actor"] = hand_step(reference, "actor", loss)
-            hand_polyak(reference, "critic", "actor")
+            expected["actor"] = step(reference, "actor", loss)
+            polyak(reference, "critic", "actor")
         assert_same_step(agent, metrics, reference, expected)
 
 
