@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dmg_offline
@@ -30,12 +31,11 @@ def cli(tmp_path, monkeypatch, capsys):
 
     def go(*argv, script="dmg_offline"):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
-        code = 0
         try:
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
         except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+            return stop.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
 
     return go
 
@@ -46,7 +46,6 @@ def small(hopper_file):
     return ["--env-id", "Hopper-v4", "--dataset-path", hopper_file, *flags.split()]
 
 
-# ---- arguments ----
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_argument_has_a_docstring_which_help_shows_the_algorithms_first(script, cli):
     code, out, _ = cli("--help", script=script)
@@ -61,22 +60,19 @@ def test_every_argument_has_a_docstring_which_help_shows_the_algorithms_first(sc
     assert shown.index(first) < shown.index("--gamma ") < shown.index("--seed ")
 
 
-@pytest.mark.parametrize(
-    "env_id, path, expected",
-    [
-        ("hopper-medium-v2", None, (0.1, 0.7, 3, 3, 20_000, 10, True)),
-        ("walker2d-medium-expert-v2", None, (10, 0.7, 3, 3, 20_000, 10, True)),
-        ("Hopper-v4", "sets/my_expert.hdf5", (10, 0.7, 3, 3, 20_000, 10, True)),
-        ("Hopper-v4", "expert/my_medium.hdf5", (0.1, 0.7, 3, 3, 20_000, 10, True)),
-        ("antmaze-large-play-v2", None, (0.5, 0.9, 10, 100, 50_000, 100, False)),
-        ("D4RL/antmaze/umaze-v1", None, (0.5, 0.9, 10, 100, 50_000, 100, False)),
-        ("AntMaze_UMaze-v5", "file.hdf5", (0.5, 0.9, 10, 100, 50_000, 100, False)),
-    ],
-)
-def test_defaults_by_dataset_are_those_of_the_paper(env_id, path, expected):
+MUJOCO, ANTMAZE = (0.7, 3, 3, 20_000, 10, True), (0.9, 10, 100, 50_000, 100, False)
+
+
+@pytest.mark.parametrize("env_id, path, nu, expected", [
+    ("hopper-medium-v2", None, 0.1, MUJOCO), ("walker2d-medium-expert-v2", None, 10, MUJOCO),
+    ("Hopper-v4", "sets/my_expert.hdf5", 10, MUJOCO), ("Hopper-v4", "expert/my_medium.hdf5", 0.1, MUJOCO),
+    ("antmaze-large-play-v2", None, 0.5, ANTMAZE), ("D4RL/antmaze/umaze-v1", None, 0.5, ANTMAZE),
+    ("AntMaze_UMaze-v5", "file.hdf5", 0.5, ANTMAZE),
+])  # fmt: skip
+def test_defaults_by_dataset_are_those_of_the_paper(env_id, path, nu, expected):
     a = Args(env_id=env_id, dataset_path=path)
-    found = a.nu, a.expectile, a.inverse_temperature, a.max_weight
-    assert (*found, a.eval_frequency, a.eval_episodes, a.normalize_states) == expected
+    found = a.expectile, a.inverse_temperature, a.max_weight, a.eval_frequency, a.eval_episodes
+    assert a.nu == nu and (*found, a.normalize_states) == expected
     found = a.lam, a.gamma, a.learning_rate, a.batch_size, a.gradient_steps, a.matmul_precision
     assert found == (0.25, 0.99, 3e-4, 256, 1_000_000, "high")
     own = Args(env_id=env_id, nu=7.0, eval_episodes=3, normalize_states=False)
@@ -107,6 +103,8 @@ def test_numbers_outside_their_range_are_refused_by_name(script, name, value):
         (["--env-id", "hopper-medium-v3"], ["hopper-medium-v3", "hopper-medium-v2", "Minari"]),
         (["--env-id", "Hopper-v5"], ["Hopper-v5", "--dataset-path"]),
         (["--env-id", "NoSuchRobot-v1", "--dataset-path", "nowhere.hdf5"], ["NoSuchRobot"]),
+        (["--env-id", "nomodule:Robot-v0", "--dataset-path", "nowhere.hdf5"], ["nomodule"]),
+        (["--env-id", "CartPole-v1", "--dataset-path", "nowhere.hdf5"], ["Discrete"]),
         (["--env-id", "Hopper-v4", "--dataset-path", "nowhere.hdf5"], ["nowhere.hdf5"]),
         (["--resume", "runs/nowhere"], ["runs/nowhere", "no run of this script"]),
         (["--lam", "2"], ["--lam", "[0, 1]"]),
@@ -119,17 +117,14 @@ def test_bad_input_is_one_sentence_exit_code_2_and_no_file(cli, tmp_path, argv, 
     assert "Traceback" not in err and not (tmp_path / "runs").exists()
 
 
-# ---- a run ----
 def run_folder():
     (folder,) = Path("runs").iterdir()
     return folder
 
 
-TAGS = {
-    *(f"losses/{x}_loss" for x in ("value", "critic", "actor")),
-    *(f"losses/{x}" for x in ("q_values", "v_values", "advantage_weight")),
-    *("charts/SPS", "charts/actor_learning_rate", "eval/episodic_return", "eval/episodic_length"),
-}
+LOSSES = "value_loss", "critic_loss", "actor_loss", "q_values", "v_values", "advantage_weight"
+TAGS = {"charts/SPS", "charts/actor_learning_rate", "eval/episodic_return", "eval/episodic_length"}
+TAGS |= {f"losses/{name}" for name in LOSSES}
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "hopper-medium-v2"])
@@ -141,17 +136,16 @@ def test_what_a_run_leaves_and_prints(cli, small, env_id):
     record = json.loads((folder / "args.json").read_text())
     versions = record.pop("versions")
     assert record.keys() == {field.name for field in dataclasses.fields(Args)} and record["nu"] == 0.1
-    assert versions.keys() == {"torch", "gymnasium", "mujoco", "minari"}
-    assert versions["torch"] == torch.__version__
-
+    assert {*versions} == {"torch", "gymnasium", "mujoco", "minari"} and versions[
+        "torch"
+    ] == torch.__version__
     rows = [row.split(",") for row in (folder / "eval.csv").read_text().splitlines()]
     columns = "step,return_mean,return_std,normalized_score,length_mean,episodes,wall_seconds"
     assert rows[0] == columns.split(",") and [int(row[0]) for row in rows[1:]] == [*range(0, 70, 10)]
     scored = env_id == "hopper-medium-v2"  # an own file has no score
     events = EventAccumulator(str(folder)).Reload()
     assert {*events.Tags()["scalars"]} == TAGS | ({"eval/normalized_score"} if scored else set())
-    column = 3 if scored else 1
-    values = [float(row[column]) for row in rows[1:]]
+    values = [float(row[3 if scored else 1]) for row in rows[1:]]
     tag = "eval/normalized_score" if scored else "eval/episodic_return"
     assert [e.value for e in events.Scalars(tag)] == pytest.approx(values, rel=1e-6)
     assert scored or {row[3] for row in rows[1:]} == {"None"}
@@ -178,7 +172,7 @@ def test_divergence_exits_with_3_and_keeps_the_last_good_checkpoint(script, cli,
         small = [x.replace("gradient", "offline") for x in small] + ["--online-steps", "0"]
     code, out, err = cli(*small, "--learning-rate", "1e30", script=script)
     assert code == 3 and "diverged at step 10" in err and "step 10:" not in out, err
-    checkpoint = torch.load(run_folder() / "checkpoint.pt", weights_only=True)
+    checkpoint = load_checkpoint(run_folder())
     assert checkpoint["step"] == 0 and all(x.isfinite().all() for x in checkpoint["agent"].values())
     assert EventAccumulator(str(run_folder())).Reload().Scalars("eval/diverged")[0].step == 10
 
