@@ -21,13 +21,10 @@ def d4rl_arrays(n=600, state_dim=11, action_dim=3, seed=0):
     """Random rows in D4RL's schema with Hopper's shapes; terminals and timeouts exclude each other."""
     rng = np.random.default_rng(seed)
     end = rng.random(n)
-    return {
-        "observations": rng.normal(size=(n, state_dim)).astype(np.float32),
-        "actions": rng.uniform(-1, 1, (n, action_dim)).astype(np.float32),
-        "rewards": rng.normal(size=n).astype(np.float32),
-        "terminals": end < 0.02,
-        "timeouts": end > 0.98,
-    }
+    s, a, r = rng.normal(size=(n, state_dim)), rng.uniform(-1, 1, (n, action_dim)), rng.normal(size=n)
+    floats = {"observations": s, "actions": a, "rewards": r}
+    ends = {"terminals": end < 0.02, "timeouts": end > 0.98}
+    return {key: x.astype(np.float32) for key, x in floats.items()} | ends
 
 
 def write_hdf5(path, arrays):

@@ -1,13 +1,12 @@
 """benchmark/collect.py: a saved agent acts, or its online transitions are kept; scripts read the sets."""
 
-from pathlib import Path
-
 import collect
 import gymnasium as gym
 import minari
 import numpy as np
 import pytest
 from conftest import d4rl_arrays, load_checkpoint, write_hdf5
+from test_finetune import run
 
 import dmg_finetune
 import dmg_offline
@@ -32,19 +31,11 @@ def wide():
     return gym.wrappers.RescaleAction(gym.make("Hopper-v5").unwrapped, low, high)
 
 
-def run_of(script, **flags):
-    """The folder of a new run."""
-    before = set(Path("runs").glob("*"))
-    script.main(script.Args(**TINY, **flags))
-    (folder,) = set(Path("runs").glob("*")) - before
-    return folder
-
-
 @pytest.fixture(scope="module")
 def td3(place):
     """A TD3 on Hopper that has hardly learnt: short episodes, actions far from their bounds."""
     flags = {"from_scratch": True, "online_steps": 120, "learning_starts": 60, "learning_rate": 1e-5}
-    return run_of(dmg_finetune, env_id="Hopper-v5", **flags)
+    return run(env_id="Hopper-v5", **TINY, **flags)
 
 
 def episodes_of(run, name, **flags):
@@ -91,10 +82,10 @@ def test_the_replay_is_the_run(td3):
     assert sum(map(len, episodes)) == 120
     returns = [episode.rewards.sum() for episode in episodes[: len(whole)]]
     np.testing.assert_allclose(returns, online["returns"], rtol=1e-4)
-    run = run_of(dmg_offline, env_id="my/hopper/replay-v0", gradient_steps=4)
-    (_, mean, _, score, *_) = load_checkpoint(run)["evaluations"][-1]
+    offline = run(dmg_offline, **TINY, env_id="my/hopper/replay-v0", gradient_steps=4)
+    (_, mean, _, score, *_) = load_checkpoint(offline)["evaluations"][-1]
     assert score == pytest.approx(100 * (mean + 20.272305) / (3234.3 + 20.272305))
-    assert len(episodes_of(run, "my/hopper/by-offline-v0", transitions=30)) > 0
+    assert len(episodes_of(offline, "my/hopper/by-offline-v0", transitions=30)) > 0
 
 
 def test_behind_a_normalised_dataset_the_replay_has_the_environments_units(place):
@@ -103,15 +94,13 @@ def test_behind_a_normalised_dataset_the_replay_has_the_environments_units(place
     arrays = d4rl_arrays()
     arrays["actions"] = 4 * arrays["actions"] + 2
     file = write_hdf5("wide.hdf5", arrays)
-    flags = {"env_id": "Wide-v0", "dataset_path": file, "offline_steps": 4, "online_steps": 90}
-    flags |= {"learning_starts": 60}
-    episodes = episodes_of(run_of(dmg_finetune, **flags), "my/wide/replay-v0", replay=True)
+    flags = TINY | {"env_id": "Wide-v0", "dataset_path": file, "offline_steps": 4, "online_steps": 90}
+    episodes = episodes_of(run(**flags, learning_starts=60), "my/wide/replay-v0", replay=True)
     check(episodes, gym.make("Wide-v0"), 10_000_000)
     assert sum(map(len, episodes)) == 90
     actions = np.concatenate([episode.actions for episode in episodes])
     assert actions.min() < 0 and actions.max() > 3
-    agent = run_of(td3bc, env_id="my/wide/replay-v0", gradient_steps=4)
-    assert "my-wide-replay-v0" in agent.name
+    assert "my-wide-replay-v0" in run(td3bc, **TINY, env_id="my/wide/replay-v0", gradient_steps=4).name
 
 
 def test_antmaze_has_its_rewards_and_nested_observations_back(place):
@@ -120,19 +109,18 @@ def test_antmaze_has_its_rewards_and_nested_observations_back(place):
     flags = {"env_id": "AntMaze_UMaze-v5", "from_scratch": True, "online_steps": 40, "learning_starts": 40}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(dmg_finetune, "evaluate", lambda *_: (np.zeros(1), np.ones(1)))  # it is slow
-        run = run_of(dmg_finetune, **flags)
-    (episode,) = episodes_of(run, "my/antmaze/replay-v0", replay=True)
-    assert set(load_checkpoint(run)["online"]["rows"][2].tolist()) == {-1.0}
+        folder = run(**TINY, **flags)
+    (episode,) = episodes_of(folder, "my/antmaze/replay-v0", replay=True)
+    assert set(load_checkpoint(folder)["online"]["rows"][2].tolist()) == {-1.0}
     assert set(episode.rewards) == {0.0}
-    assert {name: x.shape[0] for name, x in episode.observations.items()} == dict.fromkeys(
-        ("achieved_goal", "desired_goal", "observation"), 41
-    )
+    assert episode.observations.keys() == {"achieved_goal", "desired_goal", "observation"}
+    assert {len(x) for x in episode.observations.values()} == {41}
     batch, _, _ = dmg_offline.load_dataset(dmg_offline.Args(env_id="my/antmaze/replay-v0"))
     assert set(batch.rewards.tolist()) == {-1.0} and len(batch.rewards) == 40
 
 
 def test_what_cannot_be_done_is_said_and_writes_nothing(td3, place):
-    offline = run_of(dmg_offline, env_id="dmg/halfcheetah/medium-replay-v0", gradient_steps=2)
+    offline = run(dmg_offline, **TINY, env_id="dmg/halfcheetah/medium-replay-v0", gradient_steps=2)
     (place / "minari/my/taken-v0").mkdir(parents=True)
     before = sorted((place / "minari").rglob("*"))
     with pytest.raises(ValueError, match="exists"):

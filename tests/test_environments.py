@@ -162,9 +162,8 @@ def test_antmaze_interface():
 
 def test_antmaze_reset():
     env = make("antmaze-large-play-v2").unwrapped
-    observations, goals = zip(
-        *((env.reset(seed=None if k else 7)[0], env.goal) for k in range(1000)), strict=True
-    )
+    resets = [(env.reset(seed=None if k else 7)[0], env.goal) for k in range(1000)]
+    observations, goals = zip(*resets, strict=True)
     qpos, qvel = np.split(np.array(observations), [15], axis=1)
     noise = qpos - [0, 0, 0.75, 1, *np.zeros(11)]
     assert np.abs(noise).max() <= 0.1 and (np.abs(noise).max(0) > 0.095).all()  # uniform, in every coordinate

@@ -11,7 +11,6 @@ from minari.data_collector import EpisodeBuffer
 from dmg_offline import Args, evaluate, normalized_score
 
 
-# ---- evaluate ----
 class SeedEnv(gym.Env):
     """An episode from reset(seed) has seed % 17 + 1 steps; all that follows it pays 1000.
 
@@ -44,41 +43,28 @@ def test_each_episode_from_its_seed_counts_once_however_long(episodes):
         np.testing.assert_array_equal(lengths, expected)
 
 
-# ---- normalized_score ----
-@pytest.mark.parametrize(
-    "env_id, raw, score",
-    [
-        ("halfcheetah-medium-v2", 5927.4105235, 50),
-        ("hopper-full-replay-v2", -20.272305, 0),
-        ("walker2d-medium-expert-v2", 2296.964504, 50),
-        ("antmaze-large-diverse-v2", 0.25, 25),
-        ("AntMaze_Large-v5", 1, 100),
-        ("Hopper-v4", 3234.3, None),
-    ],
-)
+@pytest.mark.parametrize("env_id, raw, score", [
+    ("halfcheetah-medium-v2", 5927.4105235, 50), ("hopper-full-replay-v2", -20.272305, 0),
+    ("walker2d-medium-expert-v2", 2296.964504, 50), ("antmaze-large-diverse-v2", 0.25, 25),
+    ("AntMaze_Large-v5", 1, 100), ("Hopper-v4", 3234.3, None),
+])  # fmt: skip
 def test_d4rls_references_are_for_d4rls_names_only(env_id, raw, score):
     found = normalized_score(Args(env_id=env_id, dataset_path="own.hdf5"), raw)
     assert found is None if score is None else found == pytest.approx(score, abs=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:.*(is set to None|env_spec is None)")  # Minari asks for an author
-@pytest.mark.parametrize(
-    "env_id, references, raw, score",
-    [
-        ("Pendulum-v1", {"ref_min_score": -1000, "ref_max_score": -200}, -400, 75),
-        ("Hopper-v5", {}, 1607.0138475, None),
-        ("Pendulum-v1", {"ref_min_score": None, "ref_max_score": -200}, -400, None),
-        ("Pendulum-v1", {"ref_min_score": -1000, "ref_max_score": None}, -400, None),
-    ],
-)
-def test_a_minari_dataset_has_its_own_references(env_id, references, raw, score, tmp_path, monkeypatch):
+@pytest.mark.parametrize("env_id, raw, score, references", [
+    ("Pendulum-v1", -400, 75, {"ref_min_score": -1000, "ref_max_score": -200}),
+    ("Hopper-v5", 1607.0138475, None, {}),
+    ("Pendulum-v1", -400, None, {"ref_min_score": None, "ref_max_score": -200}),
+    ("Pendulum-v1", -400, None, {"ref_min_score": -1000, "ref_max_score": None}),
+])  # fmt: skip
+def test_a_minari_dataset_has_its_own_references(env_id, raw, score, references, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     env, dataset_id = gym.make(env_id), "test/own-v0"
     zero = np.zeros(env.action_space.shape, env.action_space.dtype)
-    observations, over = (
-        [env.reset(seed=0)[0], env.step(zero)[0]],
-        {"terminations": [False], "truncations": [True]},
-    )
+    observations, over = [env.reset(seed=0)[0], env.step(zero)[0]], {"terminations": [0], "truncations": [1]}
     episode = EpisodeBuffer(observations=observations, actions=zero[None], rewards=[0.0], **over)
     minari.create_dataset_from_buffers(dataset_id, [episode], env=env_id)
     path = tmp_path / dataset_id / "data" / "metadata.json"

@@ -36,10 +36,10 @@ def room(tmp_path_factory):
         yield folder
 
 
-def run(script=dmg_finetune, args=None, **settings):
+def run(script=dmg_finetune, **settings):
     """A whole run in this process: its folder."""
     before = set(Path("runs").glob("*"))
-    script.main(args or script.Args(**settings))
+    script.main(script.Args(**settings))
     (folder,) = set(Path("runs").glob("*")) - before
     return folder.resolve()
 
@@ -67,13 +67,11 @@ def spied_run(script=dmg_finetune, **settings):
         return run(script, **settings), seen
 
 
-# ---- schedules ----
 def test_lam_and_nu_near_their_ends_as_in_the_official_code():
     args, limit = Args(env_id="antmaze-umaze-v2"), Args(env_id="Hopper-v5", from_scratch=True)
     numbers = {1: (0.25, 0.5), 999: (0.25, 0.5), 1000: (0.2525, 0.49505), 1999: (0.2525, 0.49505)}
     numbers |= {100_000: (0.40849, 0.18619), 500_000: (0.49836, 0.00825), 1_000_000: (0.49999, 0.00502)}
-    for t, expected in numbers.items():
-        lam, nu = expected
+    for t, (lam, nu) in numbers.items():
         assert online_schedule(t, args) == pytest.approx({"lam": lam, "nu": nu, "gamma": 0.99}, abs=5e-6)
         assert online_schedule(t, limit) == {"lam": 1, "nu": 0, "gamma": 0.99}
 
@@ -82,8 +80,7 @@ def test_each_update_is_given_the_numbers_of_its_time_and_update_1000_is_decayed
     settings = {"offline_steps": 3, "online_steps": 1001, "lam": 0.3, "nu": 0.7, "gamma_online": 0.9}
     numbers = [found for _, found, _ in spied_run(**DATA | settings)[1]]
     decayed = 0.5 - 0.2 * 0.99, 0.005 + 0.695 * 0.99, 0.9
-    expected = 3 * [(0.3, 0.7, 0.99)] + 999 * [(0.3, 0.7, 0.9)] + 2 * [decayed]
-    np.testing.assert_allclose(numbers, expected)
+    np.testing.assert_allclose(numbers, 3 * [(0.3, 0.7, 0.99)] + 999 * [(0.3, 0.7, 0.9)] + 2 * [decayed])
 
 
 def test_only_antmaze_large_has_another_discount_online():
@@ -102,13 +99,11 @@ def test_the_actors_learning_rate_is_dmg_offlines_and_then_constant():
     later = {rate(step, args) for step in (1001, 1002, 5000, 2_000_000)}
     assert later == {3e-4} == {rate(1, Args(offline_steps=0))}
     found = np.array([rates for *_, rates in spied_run(**HOPPER)[1]])  # of actor, critic, V
-    np.testing.assert_allclose(
-        found[:, 0], [rate(k, Args(offline_steps=40)) for k in range(1, 101)], rtol=1e-6
-    )
+    expected = [rate(k, Args(offline_steps=40)) for k in range(1, 101)]
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-6)
     assert np.ptp(found[:, 1:]) == 0
 
 
-# ---- hand-over ----
 FEW = DATA | {"eval_frequency": 20, "eval_episodes": 2, "seed": 3, "nu": 0.3}
 offline_folder = functools.cache(lambda: run(dmg_offline, gradient_steps=50, **FEW))
 
@@ -222,7 +217,6 @@ def test_dataset_and_online_rows_are_drawn_alike(room):
     assert np.bincount(np.ravel(drawn))[:n].min() > 0
 
 
-# ---- --from-scratch ----
 def test_from_scratch_is_the_limit_of_no_data_lam_1_and_nu_0_and_trains_after_learning_starts():
     args = Args(env_id="Hopper-v5", from_scratch=True)
     limit = args.offline_steps, args.lam, args.lam_end, args.nu, args.nu_end, args.learning_starts

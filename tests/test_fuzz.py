@@ -1,7 +1,6 @@
 """Whatever is in a file or an argument, it is trained on or refused with a sentence: no other exception."""
 
 import io
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -51,10 +50,8 @@ def files(draw):
 
 NUMBER = st.sampled_from([0.5, 1, 0, 2, 1e-9, 1e9, -1, float("nan")])
 NAMES = "lam", "nu", "expectile", "gamma", "policy_noise", "inverse_temperature", "in_sample_temperature"
-OTHERS = {
-    "in_sample": st.sampled_from(["iql", "xql", "sql"]),
-    "env_id": st.sampled_from(["hopper-medium-v2", "NoSuchRobot-v0", "a/b", "antmaze-umaze-v2", ""]),
-}
+ENVIRONMENTS = st.sampled_from(["hopper-medium-v2", "NoSuchRobot-v0", "a/b", "antmaze-umaze-v2", ""])
+OTHERS = {"in_sample": st.sampled_from(["iql", "xql", "sql"]), "env_id": ENVIRONMENTS}
 ARGUMENTS = st.fixed_dictionaries({}, optional=OTHERS | dict.fromkeys(NAMES, NUMBER))
 LOADED = []
 
@@ -63,8 +60,7 @@ LOADED = []
 @settings(max_examples=100, **FUZZ)
 @given(file=files(), arguments=ARGUMENTS)
 def test_any_file_and_any_arguments_are_trained_on_or_refused_with_a_sentence(tmp_path, file, arguments):
-    path = tmp_path / "x.hdf5"
-    Path(path).write_bytes(file)
+    (path := tmp_path / "x.hdf5").write_bytes(file)
     try:
         args = Args(**{"env_id": "Pendulum-v1", "dataset_path": str(path)} | arguments)
         dataset, mean, std = load_dataset(args)

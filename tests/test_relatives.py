@@ -87,12 +87,10 @@ def test_iql_xql_and_sql_updates_are_the_published_ones(in_sample, env_id, scale
         expected["actor"] = hand.step(reference, "actor", -(weight * log_prob).mean())
 
         y = r + 0.99 * (1 - terminated) * hand_v(reference, s2).detach()
-        errors = [q - y for q in q_values(reference.critic, s, a)]
-        losses = [e**2 for e in errors]
+        gaps = [q - y for q in q_values(reference.critic, s, a)]
+        losses = [e**2 for e in gaps]
         if in_sample == "xql":  # half the slope of the others'
-            losses = [
-                torch.where(hand.crossed(e.abs(), 20) <= 20, e**2 / 2, 20 * e.abs() - 200) for e in errors
-            ]
+            losses = [torch.where(hand.crossed(abs(e), 20) <= 20, e**2 / 2, 20 * abs(e) - 200) for e in gaps]
         expected["critic"] = hand.step(reference, "critic", sum(loss.mean() for loss in losses))
         hand.polyak(reference, "critic")
         hand.assert_same_step(agent, metrics, reference, expected)

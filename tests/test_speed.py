@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_finetune import DATA, room, run  # noqa: F401  room: all runs share one folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmg_finetune
