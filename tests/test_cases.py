@@ -13,7 +13,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import d4rl_arrays, refusal, write_hdf5
+from conftest import d4rl_arrays, load_checkpoint, refusal, write_hdf5
 from gymnasium import wrappers
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
 from minari.data_collector import EpisodeBuffer
@@ -21,21 +21,13 @@ from minari.data_collector import EpisodeBuffer
 import dmg_offline
 from dmg_offline import Args, evaluate, load_dataset, main, make_env, read_args
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.* is set to None:UserWarning:minari"),
-    pytest.mark.filterwarnings("ignore:.*(has no time limit|env_spec is None|precision lowered)"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(set to None|no time limit|env_spec is None|precision lowered)"
+)
 SHORT = {"gradient_steps": 2, "eval_frequency": 2, "eval_episodes": 1, "batch_size": 8, "cuda": False}
-
-
 X, G = Box(-9, 9, (2,)), Box(-9, 9, (1,))
-KINDS = {
-    "dict": Dict(pos=X, goal=G),
-    "tuple": Tuple((X, G)),
-    "vector": X,
-    "mode": Dict(pos=X, mode=Discrete(3)),
-    "bits": Dict(pos=X, bits=MultiBinary(2)),
-}
+KINDS = {"dict": Dict(pos=X, goal=G), "tuple": Tuple((X, G)), "vector": X}
+KINDS |= {"mode": Dict(pos=X, mode=Discrete(3)), "bits": Dict(pos=X, bits=MultiBinary(2))}
 
 
 class Goal(gym.Env):
@@ -83,12 +75,9 @@ def stack(observations):
 
 def play(env, actions):
     """One episode from reset(seed=0) with these actions, cut at their end; the last row is marked."""
-    observations, rewards = [env.reset(seed=0)[0]], []
-    for action in actions:
-        observation, reward, *_ = env.step(action)
-        observations.append(observation)
-        rewards.append(reward)
-    return observations, rewards, np.arange(len(rewards)) == len(rewards) - 1
+    first, _ = env.reset(seed=0)
+    observations, rewards, *_ = zip(*map(env.step, actions), strict=True)
+    return [first, *observations], list(rewards), np.arange(len(rewards)) == len(rewards) - 1
 
 
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (12, 1)).astype(np.float32)
@@ -108,17 +97,14 @@ def store(tmp_path, monkeypatch):
         minari.create_dataset_from_buffers(env_id, [episode], **how)
         path = tmp_path / "sets" / env_id / "data" / "metadata.json"
         metadata = json.loads(path.read_text())
-        spec = json.loads(metadata.get("env_spec") or "{}")
-        edit(metadata, spec)
         if "env_spec" in metadata:
-            metadata["env_spec"] = json.dumps(spec)
-        path.write_text(json.dumps(metadata))
+            edit(metadata, spec := json.loads(metadata["env_spec"]))
+            path.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
         return Args(env_id=env_id, **SHORT)
 
     return go
 
 
-# ---- spaces ----
 def rows_of(actions, path):
     """The same episode as D4RL rows, with these actions in the file."""
     observations, rewards, last = play(gym.make("Pendulum-v1"), 2 * ACTIONS)
@@ -159,20 +145,16 @@ def test_dicts_and_tuples_of_boxes_train_and_are_flattened_as_gymnasium_does(sto
 @pytest.mark.parametrize("kind, word", [("mode", "Discrete"), ("bits", "MultiBinary")])
 def test_other_spaces_are_refused_by_name(store, tmp_path, kind, word, form):
     env = gym.make(f"Goal_{kind}-v0")
-    if form == "Minari":
-        args = store(env)
-    else:
-        rows = d4rl_arrays(60, gym.spaces.flatdim(env.observation_space), 1)
-        args = Args(env_id=env.spec.id, dataset_path=write_hdf5(tmp_path / "x.hdf5", rows))
+    rows = d4rl_arrays(60, gym.spaces.flatdim(env.observation_space), 1)
+    file = {"env_id": env.spec.id, "dataset_path": write_hdf5(tmp_path / "x.hdf5", rows)}
+    args = store(env) if form == "Minari" else Args(**file)
     assert word in refusal(load_dataset, args)
 
 
-# ---- Minari's environments ----
 @pytest.mark.parametrize("name", ["NormalizeReward", "NormalizeObservation"])
 def test_wrappers_with_a_memory_are_refused_by_name_with_what_to_do(store, name):
     args = store(getattr(wrappers, name)(gym.make("Pendulum-v1")))
-    sentence = refusal(load_dataset, args)
-    assert args.env_id in sentence and name in sentence and "record it without" in sentence
+    assert all(word in refusal(load_dataset, args) for word in (args.env_id, name, "record it without"))
 
 
 def test_a_set_without_an_environment_says_so(store):
@@ -235,7 +217,6 @@ def test_a_set_cannot_choose_what_code_is_imported(store, tmp_path, monkeypatch,
     assert not (tmp_path / "harmed").exists() and "harm" not in sys.modules
 
 
-# ---- HDF5 in and out of order ----
 def walk(n=300):
     """Rows of Goal_vector-v0's shapes in order of time, with next_observations."""
     x = d4rl_arrays(n, 2, 1)
@@ -268,15 +249,12 @@ def test_a_file_that_marks_no_timeouts_is_warned_about(tmp_path, capsys):
     load_dataset(own_file(tmp_path, walk()))
     assert "Warning" not in capsys.readouterr().out
     load_dataset(own_file(tmp_path, walk() | {"timeouts": np.zeros(300)}))
-    out = capsys.readouterr().out
-    for words in ("Warning", "marks no timeouts", "set timeouts to 1", "last row"):
-        assert words in out
+    words, out = ("Warning", "marks no timeouts", "set timeouts to 1", "last row"), capsys.readouterr().out
+    assert all(word in out for word in words), out
 
 
-# ---- --env-id and paths ----
 def test_the_script_alone_says_where_its_default_dataset_is_and_asks_no_server(tmp_path, monkeypatch):
-    copy = shutil.copy(dmg_offline.__file__, tmp_path / "alone.py")
-    module = runpy.run_path(copy)
+    module = runpy.run_path(shutil.copy(dmg_offline.__file__, tmp_path / "alone.py"))
     monkeypatch.setattr(minari, "load_dataset", lambda *_, **__: pytest.fail("a server was asked"))
     with pytest.raises(module["InputError"], match=r"dmg/halfcheetah/medium-replay-v0 .*repository"):
         module["load_dataset"](module["Args"]())
@@ -295,27 +273,21 @@ def test_dataset_path_is_absolute_in_the_record_and_found_from_another_folder(tm
     args = read_args(str(folder))
     args.resume, args.gradient_steps = str(folder), 4
     main(args)
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert load_checkpoint(folder)["step"] == 4
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_an_unfinished_minari_download_names_the_folder_to_delete(store, tmp_path, damage):
     args = store(gym.make("Pendulum-v1"))
     file = tmp_path / "sets/my/set-v0/data/main_data.hdf5"
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:1000])
-    sentence = refusal(load_dataset, args)
-    assert "delete" in sentence and f"{tmp_path}/sets/my/set-v0" in sentence
+    file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:1000])
+    assert re.search(f"delete.*{tmp_path}/sets/my/set-v0", refusal(load_dataset, args))
 
 
-# ---- W&B, notebooks, mistakes of others ----
 def test_track_and_resume_are_one_wandb_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls = []
-    stub = SimpleNamespace(init=lambda **options: calls.append(options))
-    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: calls.append(how)))
     args = own_file(tmp_path, walk())
     args.track, args.wandb_entity = True, "team"
     main(args)

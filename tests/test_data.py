@@ -16,10 +16,7 @@ from minari.data_collector import EpisodeBuffer
 import dmg_offline
 from dmg_offline import D4RL_SHA256, Args, download_d4rl, load_dataset, make_env
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.* is set to None:UserWarning:minari"),
-    pytest.mark.filterwarnings("ignore:.*(has no time limit|overflow|invalid value)"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|no time limit|overflow|invalid value)")
 
 
 def load(path, env_id="Hopper-v4"):
@@ -38,11 +35,8 @@ def qlearning_dataset(x):
 
 def assert_loaded(loaded, rows, normalise=True):
     """load_dataset's answer against float64 columns."""
-    batch, mean, std = loaded
-    s, a, r, next_s, terminated = rows
-    true_mean, true_std = np.zeros(s.shape[1]), np.ones(s.shape[1])
-    if normalise:
-        true_mean, true_std = s.mean(0), s.std(0) + 1e-3
+    (batch, mean, std), (s, a, r, next_s, terminated) = loaded, rows
+    true_mean, true_std = (s.mean(0), s.std(0) + 1e-3) if normalise else (0 * s[0], 0 * s[0] + 1)
     np.testing.assert_allclose(mean, true_mean, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(std, true_std, rtol=1e-6)
     expected = (s - true_mean) / true_std, a, r, (next_s - true_mean) / true_std, terminated
@@ -138,7 +132,6 @@ def test_antmaze_goal_is_reward_0_and_terminal_whatever_the_terminals_say(tmp_pa
     assert "AntMaze rewards" in refusal(load, write_hdf5(path, x), "antmaze-umaze-v2")
 
 
-# ---- Minari ----
 def pendulum_episodes(lengths):
     """Every second episode terminates, the others are truncated."""
     rng = np.random.default_rng(0)
@@ -164,7 +157,6 @@ def test_minari_vector_episodes_keep_order_and_truncated_rows(tmp_path, monkeypa
     assert capsys.readouterr().out.endswith(f"pendulum-v0: {line}\n")
 
 
-# ---- download ----
 ANT_FILE = "ant_maze_v2/Ant_maze_{}_noisy_multistart_{}_multigoal_{}_sparse_fixed.hdf5"
 FILES = {  # of AntMaze: start and goal of the recorded trajectories: one, or many
     "hopper-medium-v2": "gym_mujoco_v2/hopper_medium-v2.hdf5",

@@ -41,10 +41,12 @@ def xy(cell):
 
 
 def at(model, qpos):
+    """MuJoCo's data at qpos and its mass matrix there."""
     data = mujoco.MjData(model)
     data.qpos[:] = qpos
     mujoco.mj_forward(model, data)
-    return data, np.zeros((model.nv, model.nv))
+    mujoco.mj_fullM(model, data, matrix := np.zeros((model.nv, model.nv)))
+    return data, matrix
 
 
 def legacy_mass_matrix(model, qpos, density, total_mass):
@@ -52,7 +54,7 @@ def legacy_mass_matrix(model, qpos, density, total_mass):
 
     A capsule of radius r and half-length h is a cylinder of length 2 h + r.
     """
-    (data, matrix), whole = at(model, qpos), 0
+    (data, _), matrix, whole = at(model, qpos), np.zeros((model.nv, model.nv)), 0
     for g in np.flatnonzero(model.geom_bodyid > 0):
         (r, h, _), body, rotation = model.geom_size[g], model.geom_bodyid[g], data.geom_xmat[g].reshape(3, 3)
         if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_CAPSULE:
@@ -76,12 +78,6 @@ def legacy_mass_matrix(model, qpos, density, total_mass):
     return matrix, dof_weight
 
 
-def mass_matrix(model, qpos):
-    data, matrix = at(model, qpos)
-    mujoco.mj_fullM(model, data, matrix)
-    return matrix
-
-
 @pytest.mark.parametrize(
     "env_id, stock_id, density, total_mass, difference",
     [
@@ -98,8 +94,8 @@ def test_mass_matrix_is_the_legacy_one(env_id, stock_id, density, total_mass, di
         qpos[3:7] /= np.linalg.norm(qpos[3:7])
     expected, _ = legacy_mass_matrix(stock, qpos, density, total_mass)
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(mass_matrix(model, qpos), expected, rtol=0, atol=1e-12 * scale)
-    assert np.abs(mass_matrix(stock, qpos) - expected).max() > difference
+    np.testing.assert_allclose(at(model, qpos)[1], expected, rtol=0, atol=1e-12 * scale)
+    assert np.abs(at(stock, qpos)[1] - expected).max() > difference
 
     # the contact solver's weights, which only mj_setConst renews
     _, dof_weight = legacy_mass_matrix(stock, stock.qpos0, density, total_mass)

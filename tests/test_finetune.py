@@ -132,7 +132,6 @@ def test_a_checkpoint_of_dmg_offline_continues_as_if_this_script_had_trained_it(
     assert counts == [50, 100, 100]  # Adam continues to count
 
 
-# ---- replay ----
 class Line(gym.Env):
     """Observes the number of the episode, from its seed, and the number of steps taken."""
 
@@ -174,8 +173,7 @@ def test_new_rows_stand_behind_the_dataset_in_order_with_normalised_states():
     env = Line(end=2)
     replay = replay_of(TimeLimit(env, 3), steps=5, rows=4, scale=2, seed=2)
     rows = filled(replay, 4)
-    assert (replay.first, replay.size) == (4, 9)
-    assert all((x[:4] == -7).all() for x in replay.rows)
+    assert (replay.first, replay.size) == (4, 9) and all((x[:4] == -7).all() for x in replay.rows)
     assert rows.observations.tolist() == [[0, 0], [0, 0.5], [0.5, 0], [0.5, 0.5], [1, 0]]
     assert rows.next_observations.tolist() == [[0, 0.5], [0, 1], [0.5, 0.5], [0.5, 1], [1, 0.5]]
     assert rows.rewards.tolist() == [2.5, 5, 2.5, 5, 2.5] and (rows.actions == 0.5).all()
@@ -212,8 +210,8 @@ def test_dataset_and_online_rows_are_drawn_alike(room):
         assert max(index) < (n if k < 40 else n + 20 + k - 40 + 1)
         drawn.append(index)
     assert sum(n + 20 + k in index for k, index in enumerate(drawn[40:])) > 5  # the newest row, of about 12
-    share = np.mean(np.array(drawn[40:]) >= n)
-    assert share == pytest.approx(np.mean([(20 + k) / (n + 20 + k) for k in range(1, 101)]), abs=0.04)
+    expected = np.mean([(20 + k) / (n + 20 + k) for k in range(1, 101)])
+    assert np.mean(np.array(drawn[40:]) >= n) == pytest.approx(expected, abs=0.04)
     assert np.bincount(np.ravel(drawn))[:n].min() > 0
 
 

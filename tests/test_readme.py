@@ -25,9 +25,7 @@ def test_every_link_leads_to_a_file_and_every_anchor_to_a_heading(page):
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert links
-    for link in links:
-        if link.startswith("http"):
-            continue
+    for link in (link for link in links if not link.startswith("http")):
         path, _, anchor = link.partition("#")
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), f"{page} links to {link}"

@@ -15,8 +15,7 @@ published = pytest.mark.skipif(not POLICIES.exists(), reason="needs the publishe
 
 def weights(n_in, n_out, seed=0):
     """A policy of 16 hidden units with random weights."""
-    rng = np.random.default_rng(seed)
-    found = {}
+    rng, found = np.random.default_rng(seed), {}
     layers = ("fc0", n_in, 16), ("fc1", 16, 16), ("last_fc", 16, n_out), ("last_fc_log_std", 16, n_out)
     for name, i, o in layers:
         found[f"{name}__weight"] = rng.normal(size=(o, i)).astype(np.float32) / i**0.5
@@ -37,10 +36,8 @@ def regenerate(name, folder, **flags):
     d4rl.regenerate(args)
     with h5py.File(args.out) as file:
         rows = {key: file[key][()] for key in file if key != "infos"}
-        return rows | {
-            "goal": file.attrs.get("goal"),
-            "goals": file["infos/goal"][()] if "infos" in file else None,
-        }
+        goals = file["infos/goal"][()] if "infos" in file else None
+        return rows | {"goal": file.attrs.get("goal"), "goals": goals}
 
 
 def test_cells_are_those_of_d4rl():
@@ -76,16 +73,13 @@ def test_starts_and_goals_are_in_d4rls_ranges(name):
             assert (d4rl.corner(cell) <= state[:2]).all() and (state[:2] <= d4rl.corner(cell) + 1).all()
         else:
             assert np.abs(state[:2]).max() <= 0.1
-        starts.add(cell)
         goal = d4rl.cell_of(maze.goal)
         assert (maze.goal - d4rl.corner(goal) <= 1.5).all()
-        goals.add(goal)
+        starts.add(cell), goals.add(goal)
     play = "play" in name or name == "antmaze-umaze-v2"
     assert goals == set(d4rl.GOAL_CELLS[name.split("-")[1]] if play else maze.free)
-    if name == "antmaze-umaze-v2":
-        assert starts == {(1, 1)}
-    else:
-        assert starts == set(maze.free) - (goals if play else set())
+    away = set(maze.free) - (goals if play else set())
+    assert starts == ({(1, 1)} if name == "antmaze-umaze-v2" else away)
 
 
 def check_maze(rows, limit):
@@ -139,9 +133,8 @@ def test_rows_of_a_robot_in_equal_parts(policies):
     assert not (timeouts & rows["terminals"]).any() and rows["terminals"].any() and inside[-1] == 0
     first = regenerate("hopper-medium-v2", policies, sac=("a",), steps=200)
     assert np.array_equal(first["actions"], rows["actions"][:200])
-    batch, _, _ = d4rl.dmg.load_dataset(
-        d4rl.dmg.Args(env_id="hopper-medium-v2", dataset_path=str(policies / "out.hdf5"))
-    )
+    args = d4rl.dmg.Args(env_id="hopper-medium-v2", dataset_path=str(policies / "out.hdf5"))
+    batch, _, _ = d4rl.dmg.load_dataset(args)
     assert len(batch.rewards) == 200 - first["timeouts"].sum() - (1 - first["timeouts"][-1])
 
 
@@ -160,8 +153,7 @@ def test_published_pickles_are_read_and_run_nothing(tmp_path):
     torch.save(saved, tmp_path / "ant_hierarch_pol.pkl", _use_new_zipfile_serialization=False)
     for names in (["a"], ["ant_goal", "ant_hierarch_pol"]):
         found = d4rl.read_policy(tmp_path, *names)
-        assert found.keys() == arrays.keys()
-        assert all(np.array_equal(found[key], x) for key, x in arrays.items())
+        np.testing.assert_equal(dict(found), arrays)
 
     class Evil:
         def __reduce__(self):

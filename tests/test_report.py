@@ -26,23 +26,10 @@ def a_run(seed, scores, env_id="hopper-medium-v2", algorithm="DMG", steps=MILLIO
     """Rows of a run: `scores` by step, None where it diverged."""
     settings = {"algorithm": algorithm, "env_id": env_id, "seed": seed, "dataset": "", "flags": "gamma=0.99"}
     settings |= {"gradient_steps": steps, "online_steps": online, "run": f"{env_id}__{algorithm}__{seed}"}
-    if "DMG" in algorithm:
-        settings |= {"lam": 0.25, "nu": 0.1}
-    settings |= other
-    rows = []
-    for step, score in scores.items():
-        found = {"normalized_score": score, "return_mean": 10 * (score or 0), "wall_seconds": 3600.0}
-        rows.append(settings | {"step": step, "diverged": int(score is None), "q_values": 5.0} | found)
-    return rows
-
-
-def report_on(folder, runs):
-    """The text of a report on these runs."""
-    folder.mkdir(exist_ok=True)
-    data = pd.DataFrame([row for run in runs for row in run]).reindex(columns=COLUMNS)
-    data.to_csv(folder / "in.csv", index=False)
-    report.report(report.Args((folder / "in.csv",), folder, bootstrap_samples=20))
-    return (folder / "report.md").read_text()
+    settings |= ({"lam": 0.25, "nu": 0.1} if "DMG" in algorithm else {}) | other
+    settings |= {"wall_seconds": 3600.0, "q_values": 5.0}
+    found = lambda x: {"normalized_score": x, "return_mean": 10 * (x or 0), "diverged": int(x is None)}  # noqa: E731
+    return [settings | {"step": step} | found(score) for step, score in scores.items()]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +50,10 @@ def by_hand(tmp_path_factory):
     runs += [a_run(0, {10: np.nan}, env_id="Ant-v5", steps=10)]
     runs[-1][0]["return_mean"] = 3000.0
     folder = tmp_path_factory.mktemp("report")
-    return folder, report_on(folder, runs)
+    data = pd.DataFrame([row for run in runs for row in run]).reindex(columns=COLUMNS)
+    data.to_csv(folder / "in.csv", index=False)
+    report.report(report.Args((folder / "in.csv",), folder, bootstrap_samples=20))
+    return folder, (folder / "report.md").read_text()
 
 
 def test_cells_are_means_of_finished_seeds_beside_the_papers_score(by_hand):
@@ -113,32 +103,25 @@ def test_pictures_show_every_curve_with_units_and_a_cross(by_hand, tmp_path, mon
     assert paper[0].get_ydata() == [92.4, 92.4]
     legend = {text.get_text() for text in again.legends[0].get_texts()}
     assert legend == {"DMG", "IQL", "TD3BC", "DMG, paper, original data, 1M steps"}
-    for figure in figures.values():
-        for axis in figure.axes:
-            assert "steps" in axis.get_xlabel() and "(" in axis.get_ylabel()
+    for axis in (axis for figure in figures.values() for axis in figure.axes):
+        assert "steps" in axis.get_xlabel() and "(" in axis.get_ylabel()
     for path in by_hand[0].glob("*.png"):
-        pixels = plt.imread(path)[..., :3]
-        assert 0.002 < (pixels < 0.5).all(-1).mean() < 0.5
+        assert 0.002 < (plt.imread(path)[..., :3] < 0.5).all(-1).mean() < 0.5
 
 
 def test_run_folders_and_kept_copies_of_them_become_the_same_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arrays = d4rl_arrays()
-    tiny = {
-        "env_id": "hopper-medium-v2",
-        "eval_frequency": 10,
-        "eval_episodes": 1,
-        "batch_size": 8,
-        "cuda": False,
-    }
+    tiny = {"eval_frequency": 10, "eval_episodes": 1, "batch_size": 8, "cuda": False}
+    offline = tiny | {"env_id": "hopper-medium-v2", "gradient_steps": 20}
     for seed in (0, 1):
         path = write_hdf5(f"{seed}.hdf5", arrays)
-        dmg_offline.main(dmg_offline.Args(**tiny, dataset_path=path, gradient_steps=20, seed=seed))
+        dmg_offline.main(dmg_offline.Args(**offline, dataset_path=path, seed=seed))
     bad = write_hdf5("bad.hdf5", arrays | {"rewards": 1e25 * arrays["rewards"]})
     with pytest.raises(SystemExit):
-        dmg_offline.main(dmg_offline.Args(**tiny, dataset_path=bad, gradient_steps=20))
-    flags = {"from_scratch": True, "online_steps": 10, "learning_starts": 5}
-    dmg_finetune.main(dmg_finetune.Args(**tiny | {"env_id": "Hopper-v5"}, **flags))
+        dmg_offline.main(dmg_offline.Args(**offline, dataset_path=bad))
+    flags = {"env_id": "Hopper-v5", "from_scratch": True, "online_steps": 10, "learning_starts": 5}
+    dmg_finetune.main(dmg_finetune.Args(**tiny, **flags))
     data = evaluations.collect([Path("runs")])
     found = {key: run.step.tolist() for key, run in data.groupby(["algorithm", "dataset", "seed"])}
     whole = {("DMG", "0.hdf5", 0): [0, 10, 20], ("DMG", "1.hdf5", 1): [0, 10, 20], ("TD3", "", 0): [0, 10]}
@@ -148,15 +131,13 @@ def test_run_folders_and_kept_copies_of_them_become_the_same_rows(tmp_path, monk
     states = evaluations.summarise_runs(data).set_index(["algorithm", "dataset"]).state
     assert states.to_dict()["DMG", "bad.hdf5"] == "diverged" and states["DMG", "0.hdf5"] == "finished"
 
-    (folder,) = {
-        path.parent for path in Path("runs").glob("*__0__*/args.json") if "0.hdf5" in path.read_text()
-    }
-    old = json.loads((folder / "args.json").read_text())
+    (path,) = (path for path in Path("runs").glob("*/args.json") if '/0.hdf5"' in path.read_text())
+    old = json.loads(path.read_text())
     del old["normalize_states"], old["exp_name"], old["versions"]  # as an older version wrote it
     old |= {"in_sample_temperature": 5.0, "num_seeds": 1, "torch": "2", "commit": "1"}
     Path("kept").mkdir()
     Path("kept/a.json").write_text(json.dumps(old))
-    Path("kept/a.csv").write_bytes((folder / "eval.csv").read_bytes())
+    Path("kept/a.csv").write_bytes(path.with_name("eval.csv").read_bytes())
     kept = evaluations.collect([Path("kept")])
     same = [name for name in COLUMNS if name not in ("run", "q_values")]
     original = data[data.dataset == "0.hdf5"].reset_index()

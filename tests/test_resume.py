@@ -29,10 +29,8 @@ def arguments(script, steps=60, online=0, **changes):
     """Of a small run on Hopper, in the working folder's hopper.hdf5."""
     small = {"env_id": "Hopper-v4", "dataset_path": "hopper.hdf5", "batch_size": 8, "eval_episodes": 2}
     small |= {"cuda": False, "eval_frequency": 20}
-    if script is dmg_finetune:
-        small |= {"offline_steps": steps, "online_steps": online}
-    else:
-        small |= {"gradient_steps": steps} | ({"online_steps": online} if script is iql else {})
+    small |= {"offline_steps" if script is dmg_finetune else "gradient_steps": steps}
+    small |= {"online_steps": online} if script in (dmg_finetune, iql) else {}
     return script.Args(**small | changes)
 
 
@@ -53,30 +51,26 @@ def run(tmp_path, monkeypatch):
 
 def resume(folder, script=dmg_offline, **changes):
     args = script.read_args(str(folder))
-    args.resume = str(folder)
-    vars(args).update(changes)
+    vars(args).update(changes, resume=str(folder))
     script.main(args)
 
 
 def final(folder):
     """All of the last checkpoint and of eval.csv but the clock's readings."""
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load_checkpoint(folder) | {"seconds": None}
     rows = [row[:-1] for row in checkpoint.pop("evaluations")]
     lines = [line.rsplit(",", 1)[0] for line in (folder / "eval.csv").read_text().splitlines()]
-    del checkpoint["seconds"]
     return checkpoint | {"rows": rows, "csv": lines}
 
 
 def scalars(folder):
     """{tag: [(step, value)]} of the TensorBoard log, without the speed's values."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: [(e.step, None if tag == "charts/SPS" else e.value) for e in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
+    value = lambda tag, e: None if tag == "charts/SPS" else e.value  # noqa: E731
+    tags = events.Tags()["scalars"]
+    return {tag: [(e.step, value(tag, e)) for e in events.Scalars(tag)] for tag in tags}
 
 
-# ---- seeds ----
 def test_one_seed_gives_the_same_bits_and_another_seed_other_networks_and_batches(run):
     first, second, other = run("a"), run("b"), run("c", seed=1, learning_rate=1e-12)
     assert same(final(first), final(second)) and scalars(first) == scalars(second)
@@ -108,13 +102,10 @@ def test_the_return_is_that_of_the_saved_actor_on_normalised_states(run):
     returns, lengths = evaluate(act, [make_env(args), make_env(args)], seed=1000)
     step, mean_return, std, score, mean_length, episodes, _ = checkpoint["evaluations"][-1]
     assert (step, episodes, score) == (60, 2, None)
-    assert mean_return == pytest.approx(returns.mean(), rel=1e-3) and std == pytest.approx(
-        returns.std(), rel=0.01
-    )
-    assert mean_length == lengths.mean()
+    assert mean_return == pytest.approx(returns.mean(), rel=1e-3) and mean_length == lengths.mean()
+    assert std == pytest.approx(returns.std(), rel=0.01)
 
 
-# ---- kills ----
 def start(script, args):
     """A process of its own that runs main(args); what it prints goes to the file log."""
     code = f"from math import inf\nimport {script.__name__} as s\ns.main(s.Args(**{vars(args)!r}))"
@@ -169,7 +160,6 @@ def test_a_finished_run_resumed_changes_nothing_and_a_checkpoint_is_whole_at_eve
     assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [0, 20, 40, 60, 80]  # once
 
 
-# ---- online ----
 @pytest.mark.parametrize("script", [dmg_finetune, iql])
 def test_online_no_saved_transition_is_lost_and_a_new_episode_begins(script, run, monkeypatch):
     folder = run("a", script, steps=10, online=35)

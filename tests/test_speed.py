@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_finetune import room  # noqa: F401  all tests share one folder, also for compiled code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dmg_finetune
@@ -34,9 +35,8 @@ def learner(script, device="cpu", rows=BATCH, **flags):
     batch, noise = script.Batch(*(x.to(device) for x in (s, a, r, next_s, terminated))), noise.to(device)
 
     def step(update_actor):
-        if script is iql:
-            return iql.update(agent, batch, args)
-        return script.update(agent, batch, noise, args, update_actor)
+        given = (args,) if script is iql else (noise, args, update_actor)
+        return script.update(agent, batch, *given)
 
     return agent, step, args
 
@@ -89,12 +89,11 @@ def test_a_step_takes_its_memory_from_what_earlier_ones_freed():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 30 * 100
 
 
+EAGER = [(script, "eager") for script in (dmg_offline, dmg_finetune, iql)]
 CPP = pytest.param(td3bc, "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs g++"))
 
 
-@pytest.mark.parametrize(
-    "script, backend", [CPP, (dmg_offline, "eager"), (dmg_finetune, "eager"), (iql, "eager")]
-)
+@pytest.mark.parametrize("script, backend", [CPP, *EAGER])
 def test_compiled_and_plain_update_agree(script, backend, monkeypatch):
     """C++ takes a minute each: of the others only the trace is tested."""
     if backend == "eager":

@@ -19,8 +19,7 @@ TINY = ("eval-frequency=200", "eval-episodes=1", "batch-size=8", "no-cuda")
 
 def sweep(tmp_path, *flags):
     """Start the program as a user would, in tmp_path."""
-    script = str(REPOSITORY / "dmg_offline.py")
-    command = [sys.executable, str(REPOSITORY / "benchmark/sweep.py"), "--scripts", script]
+    command = [sys.executable, REPOSITORY / "benchmark/sweep.py", "--scripts", REPOSITORY / "dmg_offline.py"]
     command += ["--env-ids", "Hopper-v4", *flags]
     with (tmp_path / "sweep.log").open("a") as log:
         return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
@@ -54,10 +53,6 @@ def evaluations(folder):
     return [row.rsplit(",", 1)[0] for row in path.read_text().splitlines()]
 
 
-def kill(pid):
-    os.kill(pid, signal.SIGKILL)
-
-
 def parent(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[1])
 
@@ -67,21 +62,26 @@ def test_killed_diverged_and_wrong_runs_and_a_second_start(tmp_path):
     write_hdf5(tmp_path / "good.hdf5", arrays)
     write_hdf5(tmp_path / "diverging.hdf5", arrays | {"rewards": 1e25 * arrays["rewards"]})
     write_hdf5(tmp_path / "wrong.hdf5", d4rl_arrays(state_dim=5))
-    flags = ["--seeds", "0", "--values", "dataset-path=good.hdf5,diverging.hdf5,wrong.hdf5", *TINY]
-    flags += ["gradient-steps=400"]
+    flags = [
+        "--seeds",
+        "0",
+        "--values",
+        "dataset-path=good.hdf5,diverging.hdf5,wrong.hdf5",
+        *TINY,
+        "gradient-steps=400",
+    ]
     process = sweep(tmp_path, *flags)
     (path,) = wait_for(lambda: list(tmp_path.glob("benchmark-runs/*good*/runs/*/eval.csv")))
     good = the_run(tmp_path, "good")
     wait_for(path.with_name("checkpoint.pt").exists)
-    kill(attempts(good)[0]["pid"])
+    os.kill(attempts(good)[0]["pid"], signal.SIGKILL)
     code, printed = result(process, tmp_path)
 
     assert code == 1 and "Traceback" not in printed, printed
     assert [x["exit_code"] for x in attempts(good)] == [-signal.SIGKILL, 0]
     first, second = (line for line in (good / "output.log").read_text().splitlines() if line.startswith("$ "))
     assert "--resume" not in first and f"--resume {path.parent}" in second
-    steps = [int(row.split(",")[0]) for row in evaluations(good)[1:]]
-    assert steps == [0, 200, 400]
+    assert [int(row.split(",")[0]) for row in evaluations(good)[1:]] == [0, 200, 400]
     assert [x["exit_code"] for x in attempts(the_run(tmp_path, "diverging"))] == [3]  # a result
     assert [x["exit_code"] for x in attempts(the_run(tmp_path, "wrong"))] == [2]  # no use to try again
     assert "3 runs: 1 diverged, 1 finished, 1 wrong input" in printed
@@ -117,9 +117,11 @@ def test_two_nodes_one_and_a_worker_killed_in_the_middle_and_nothing_is_lost(tmp
         folder = wait_for(on_second_node)
         (other,) = {*(tmp_path / "benchmark-runs").iterdir()} - {folder}
         wait_for(lambda: list(other.glob("runs/*/eval.csv")))
-        kill(parent(attempts(other)[0]["pid"]))  # a worker, as a machine short of memory does
+        # a worker, as a machine short of memory does
+        os.kill(parent(attempts(other)[0]["pid"]), signal.SIGKILL)
         worker = parent(attempts(folder)[0]["pid"])
-        kill(parent(worker)), kill(worker)  # the node at once: neither of the two can end the script any more
+        for pid in (parent(worker), worker):  # the node at once: neither can end the script any more
+            os.kill(pid, signal.SIGKILL)
         cluster.remove_node(second, allow_graceful=False)
         for killed in (other, folder):
             wait_for(lambda killed=killed: not Path(f"/proc/{attempts(killed)[0]['pid']}").exists())
@@ -129,7 +131,6 @@ def test_two_nodes_one_and_a_worker_killed_in_the_middle_and_nothing_is_lost(tmp
         cluster.shutdown()
 
     assert code == 0, printed
-    print(printed)
     assert "2 runs: 2 finished" in printed and printed.count("; again") == 2
     lost, again = attempts(folder)
     assert lost["node"] != again["node"]

@@ -23,11 +23,9 @@ def random_mdps(seed=0, most=3, exact=False):
     data = mild & (np.arange(9) < 3)
     distance = np.linalg.norm(x[:, :, :, None] - x[:, :, None], axis=-1)
     to_data = np.where(data[:, :, None], distance, np.inf)
-    smallest_eps = np.where(mild, to_data.min(-1), 0).max((1, 2))
+    eps = np.where(mild, to_data.min(-1), 0).max((1, 2))  # the smallest
     p, r = rng.dirichlet(np.full(STATES, 0.3), (MDPS, STATES, 9)), rng.random((MDPS, STATES, 9))
-    return SimpleNamespace(
-        p=p, r=r, data=data, mild=mild, distance=distance, to_data=to_data, eps=smallest_eps
-    )
+    return SimpleNamespace(p=p, r=r, data=data, mild=mild, distance=distance, to_data=to_data, eps=eps)
 
 
 RANDOM, TIGHT = random_mdps(), random_mdps(seed=1, most=1, exact=True)

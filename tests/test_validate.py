@@ -21,8 +21,7 @@ def test_policies_are_rolled_out_and_drawn(tmp_path):
     np.savez(tmp_path / "antmaze_umaze_dapg_0.npz", **weights(29, 8))
     published = {"hopper_online_1": [20.0, 3.0], "antmaze_umaze_dapg_0": [0.1, 0.3], "absent": [0, 0]}
     (tmp_path / "published_returns.json").write_text(json.dumps(published))
-    names = "hopper_online_1", "antmaze_umaze_dapg_0"
-    args = validate.Args(str(tmp_path), tmp_path / "v.csv", episodes=2, names=names)
+    args = validate.Args(str(tmp_path), tmp_path / "v.csv", episodes=2, names=tuple(published)[:2])
     validate.roll_out(args)
     rows = list(csv.DictReader(args.csv.open()))
     kinds = [(x["policy"], x["environment"], x["episodes"]) for x in rows]
@@ -35,8 +34,7 @@ def test_policies_are_rolled_out_and_drawn(tmp_path):
 
 
 def test_the_committed_figures_say_what_the_documents_say(tmp_path, monkeypatch):
-    path = tmp_path / "validation.csv"
-    path.write_text(RESULT.read_text())
+    (path := tmp_path / "validation.csv").write_text(RESULT.read_text())
     figures = []
     monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     validate.draw(path)
