@@ -21,9 +21,7 @@ from minari.data_collector import EpisodeBuffer
 import dmg_offline
 from dmg_offline import Args, evaluate, load_dataset, main, make_env, read_args
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*(set to None|no time limit|env_spec is None|precision lowered)"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|time limit|env_spec is None|precision low)")
 SHORT = {"gradient_steps": 2, "eval_frequency": 2, "eval_episodes": 1, "batch_size": 8, "cuda": False}
 X, G = Box(-9, 9, (2,)), Box(-9, 9, (1,))
 KINDS = {"dict": Dict(pos=X, goal=G), "tuple": Tuple((X, G)), "vector": X}

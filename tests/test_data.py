@@ -113,8 +113,7 @@ for rows in (0, 1):
 @pytest.mark.parametrize("name", REFUSED)
 def test_unusable_file_is_refused_with_its_own_sentence(tmp_path, name):
     change, words = REFUSED[name]
-    x = d4rl_arrays()
-    change(x)
+    change(x := d4rl_arrays())
     path = write_hdf5(tmp_path / "refused.hdf5", x)
     assert re.search(words, sentence := refusal(load, path)) and path in sentence, sentence
 

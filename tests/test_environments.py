@@ -19,8 +19,7 @@ MAPS = {
     " 100100010g01 111111111111",
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*settotalmass")  # in HalfCheetah's own XML
-# above the walls: it falls straight down
-STANDING = np.array([0, 0, 4, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1.0])
+STANDING = np.array([0, 0, 4, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1.0])  # above the walls: falls straight
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +35,7 @@ def make(env_id, dataset_path=None):
 
 def xy(cell):
     """Where D4RL puts the centre of a map cell (i, j)."""
-    i, j = cell
-    return 4.0 * (j - 1), 4.0 * (i - 1)
+    return 4.0 * (cell[1] - 1), 4.0 * (cell[0] - 1)
 
 
 def at(model, qpos):
@@ -93,8 +91,7 @@ def test_mass_matrix_is_the_legacy_one(env_id, stock_id, density, total_mass, di
     if stock.nq > stock.nv:
         qpos[3:7] /= np.linalg.norm(qpos[3:7])
     expected, _ = legacy_mass_matrix(stock, qpos, density, total_mass)
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(at(model, qpos)[1], expected, rtol=0, atol=1e-12 * scale)
+    np.testing.assert_allclose(at(model, qpos)[1], expected, rtol=0, atol=1e-12 * abs(expected).max())
     assert np.abs(at(stock, qpos)[1] - expected).max() > difference
 
     # the contact solver's weights, which only mj_setConst renews
@@ -179,8 +176,7 @@ def test_antmaze_reset():
 def test_antmaze_ends_within_half_a_metre_of_the_goal(angle):
     env = make("antmaze-umaze-v2").unwrapped
     env.reset(seed=1)
-    # what counts is where the ant stands after the step
-    assert place(env, 0.51, angle, speed=-1)[1:4] == (1, True, False)
+    assert place(env, 0.51, angle, speed=-1)[1:4] == (1, True, False)  # what counts is where it ends
     assert place(env, 0.49, angle, speed=1)[1:4] == (0, False, False)
 
 

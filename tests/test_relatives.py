@@ -20,7 +20,6 @@ HOPPER, ANTMAZE = "hopper-medium-v2", "antmaze-umaze-v2"
 STATE, ACTION, forward, q_values = hand.STATE, hand.ACTION, hand.forward, hand.q_values
 
 
-# ---- update by hand ----
 def test_td3bc_update_is_the_published_one():
     args = td3bc.Args(env_id=HOPPER)
     agent = hand.make_agent(td3bc, args)
@@ -96,7 +95,6 @@ def test_iql_xql_and_sql_updates_are_the_published_ones(in_sample, env_id, scale
         hand.assert_same_step(agent, metrics, reference, expected)
 
 
-# ---- networks and defaults of IQL ----
 def test_the_policy_is_a_gaussian_with_a_tanh_mean_and_one_clipped_standard_deviation():
     actor = iql.GaussianActor(STATE, ACTION)
     assert torch.equal(actor.log_std, torch.zeros(ACTION))

@@ -62,14 +62,8 @@ def test_killed_diverged_and_wrong_runs_and_a_second_start(tmp_path):
     write_hdf5(tmp_path / "good.hdf5", arrays)
     write_hdf5(tmp_path / "diverging.hdf5", arrays | {"rewards": 1e25 * arrays["rewards"]})
     write_hdf5(tmp_path / "wrong.hdf5", d4rl_arrays(state_dim=5))
-    flags = [
-        "--seeds",
-        "0",
-        "--values",
-        "dataset-path=good.hdf5,diverging.hdf5,wrong.hdf5",
-        *TINY,
-        "gradient-steps=400",
-    ]
+    flags = ["--seeds", "0", "--values", "dataset-path=good.hdf5,diverging.hdf5,wrong.hdf5", *TINY]
+    flags.append("gradient-steps=400")
     process = sweep(tmp_path, *flags)
     (path,) = wait_for(lambda: list(tmp_path.glob("benchmark-runs/*good*/runs/*/eval.csv")))
     good = the_run(tmp_path, "good")
