@@ -182,6 +182,12 @@ def test_new_rows_stand_behind_the_dataset_in_order_with_normalised_states():
     assert env.seeds == [30_000_000, 30_000_001, 30_000_002]  # far from evaluation's
 
 
+def test_a_replay_saved_between_two_episodes_gets_no_empty_episode():
+    restored = replay_of(Line(end=2))
+    restored.restore(replay_of(Line(end=2), steps=4).state())
+    assert (restored.size, restored.ends) == (4, [2, 4])
+
+
 @pytest.mark.parametrize("success", [True, False])
 def test_antmaze_success_on_the_last_allowed_step_is_terminal_and_a_timeout_is_not(success):
     env = TimeLimit(Line(lambda k: float(success and k == 4), end=4 if success else 99), 4)
