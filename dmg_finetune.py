@@ -266,7 +266,7 @@ def update(agent, batch, noise, args, update_actor):
         pi = agent.actor(s)
         q_pi = agent.critic(s, pi).amin(0)
         with torch.no_grad():
-            advantage = target_q - agent.value(s)
+            advantage = target_q - agent.value(s)  # V after its step, unlike v
             weight = (args.inverse_temperature * advantage).clamp(max=math.log(args.max_weight)).exp()
         penalty = (weight.unsqueeze(-1) * (pi - a).square()).mean()
         actor_loss = -q_pi.mean() / q_pi.abs().mean().detach() + args.nu * penalty
@@ -432,7 +432,7 @@ def download_d4rl(env_id):
         try:  # under a temporary name until it is whole and its sha256 is right
             torch.hub.download_url_to_file(D4RL_URL + file, path, D4RL_SHA256[env_id])
         except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot download {D4RL_URL + file} ({error}): put it to {path}") from error
+            raise InputError(f"cannot download {D4RL_URL + file} ({error}): put it at {path}") from error
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(D4RL_SHA256[env_id]):
         raise InputError(f"{path} is not D4RL's file, its sha256 differs: delete it")
     return path
@@ -551,7 +551,7 @@ def load_dataset(args):
     else:
         columns = read_minari(name, space)
         s, a, r, terminated, timeouts, next_s = check_columns(name, columns, env)
-        kept = np.ones(len(s), bool)
+        kept = np.ones(len(s), bool)  # Minari stores the state after a timeout
     if not kept.any():
         raise InputError(f"{name} has no transition")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
@@ -563,10 +563,8 @@ def load_dataset(args):
         terminated = r  # a recorded episode goes on after its goal
         r = r - 1
     s, a, r, next_s, terminated = (torch.from_numpy(x[kept]).float() for x in (s, a, r, next_s, terminated))
-    print(
-        f"{name}: {len(r):,} transitions, {terminated.sum():,.0f} terminals, {timeouts.sum():,.0f} timeouts,"
-        f" mean reward {r.mean():.3f}"
-    )
+    ends = f"{terminated.sum():,.0f} terminals, {timeouts.sum():,.0f} timeouts"
+    print(f"{name}: {len(r):,} transitions, {ends}, mean reward {r.mean():.3f}")
     mean, std = s.double().mean(0).float(), s.double().std(0, correction=0).add(1e-3).float()
     if not args.normalize_states:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
@@ -676,7 +674,7 @@ EVAL_HEADER = "step,return_mean,return_std,normalized_score,length_mean,episodes
 
 
 def evaluate(act, envs, seed):
-    """Returns and lengths, (n,) each, of the first episode of each of n envs after a reset with seed + k.
+    """Returns and lengths, (n,) each, of one episode in each of n envs, the k-th reset with seed + k.
 
     act: observations (n, state_dim) -> actions (n, action_dim). Each episode is played to its end and
     counted, so short ones have no advantage. A vector environment would be slower.
@@ -724,7 +722,7 @@ def read_args(folder):
 
 
 def set_up(args):
-    """Print the arguments in use and prepare torch; returns the device."""
+    """Print the arguments that are set and prepare torch; returns the device."""
     for name, value in vars(args).items():
         if value is not None and value is not False and (args.track or not name.startswith("wandb")):
             print(f"{name:24}{value}")
@@ -770,30 +768,32 @@ def offline_args(folder):
 
 # ---- shared by all scripts: speed ----
 class Adam(nn.Module):
-    """torch.optim.Adam on one flat vector: torch's own cannot be part of a compiled update."""
+    """torch.optim.Adam on all tensors at once: torch's own cannot be part of a compiled update."""
 
     def __init__(self, net, learning_rate):
         super().__init__()
         self.net_parameters = list(net.parameters())
-        self.sizes = [p.numel() for p in self.net_parameters]
-        self.register_buffer("m", torch.zeros(sum(self.sizes)))  # running mean of the gradient
-        self.register_buffer("v", torch.zeros(sum(self.sizes)))  # and of its square
+        self.m = nn.ParameterList(map(torch.zeros_like, self.net_parameters)).requires_grad_(False)
+        self.v = copy.deepcopy(self.m)
         self.register_buffer("step", torch.zeros((), dtype=torch.float64))
         self.register_buffer("learning_rate", torch.tensor(learning_rate))
 
     def minimise(self, loss):
         """One step on the parameters of `net` alone: the other networks in the loss get no gradient."""
         gradients = torch.autograd.grad(loss, self.net_parameters)
+        m, v = list(self.m), list(self.v)  # running means of the gradients and of their squares
         with torch.no_grad():
-            gradient = torch.cat([x.flatten() for x in gradients])
             self.step += 1
-            self.m.lerp_(gradient, 1 - 0.9)
-            self.v.lerp_(gradient.square(), 1 - 0.999)
-            m = self.m / (1 - torch.exp(self.step * math.log(0.9)))  # 1 - 0.9^step; a power is slower
-            v = self.v / (1 - torch.exp(self.step * math.log(0.999)))
-            change = self.learning_rate * m / (v.sqrt() + 1e-8)
-            changes = zip(change.split(self.sizes), self.net_parameters, strict=True)
-            torch._foreach_sub_(self.net_parameters, [x.view_as(p) for x, p in changes])
+            rate = self.learning_rate / (1 - torch.exp(self.step * math.log(0.9)))  # 1 - 0.9^step
+            root = torch.sqrt(1 - torch.exp(self.step * math.log(0.999)))
+            torch._foreach_lerp_(m, gradients, 1 - 0.9)
+            torch._foreach_mul_(v, 0.999)
+            torch._foreach_addcmul_(v, gradients, gradients, 1 - 0.999)
+            divisor = torch._foreach_sqrt(v)
+            torch._foreach_div_(divisor, root)
+            torch._foreach_add_(divisor, 1e-8)
+            torch._foreach_div_(divisor, rate)
+            torch._foreach_addcdiv_(self.net_parameters, m, divisor, -1.0)
 
 
 def accelerate(step, args, device):

@@ -202,7 +202,7 @@ def test_failed_download_leaves_nothing_and_says_where_to_put_the_file(server, f
     if fault == "no connection":
         server.file.unlink()
     sentence = refusal(download_d4rl, "hopper-medium-v2")
-    assert FILES["hopper-medium-v2"] in sentence and f"put it to {server.folder}/hopper_medium" in sentence
+    assert FILES["hopper-medium-v2"] in sentence and f"put it at {server.folder}/hopper_medium" in sentence
     assert list(server.folder.iterdir()) == []
     server.file.write_bytes(server.good)  # the next try is not spoiled by this one
     assert download_d4rl("hopper-medium-v2").read_bytes() == server.good
