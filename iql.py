@@ -862,7 +862,7 @@ def main(args):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
             largest_reward = scale * replay.rows.rewards[: replay.size].abs().max().item()
             q_limit = 1000 + 10 * largest_reward / (1.001 - args.gamma)  # above any return
-            if not abs(logs["losses/q_values"]) < q_limit:  # also if it is NaN
+            if not math.isfinite(sum(logs.values())) or abs(logs["losses/q_values"]) > q_limit:
                 writer.add_scalar("eval/diverged", 1, step)
                 writer.close()
                 print(f"diverged at step {step:,}, {folder} has the last checkpoint: {logs}", file=sys.stderr)

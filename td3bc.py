@@ -715,7 +715,7 @@ def main(args):
         due = step % args.eval_frequency == 0 or step == args.gradient_steps
         if step > 0 and (due or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
-            if not abs(logs["losses/q_values"]) < q_limit:  # also if it is NaN
+            if not math.isfinite(sum(logs.values())) or abs(logs["losses/q_values"]) > q_limit:
                 writer.add_scalar("eval/diverged", 1, step)
                 writer.close()
                 print(f"diverged at step {step:,}, {folder} has the last checkpoint: {logs}", file=sys.stderr)
