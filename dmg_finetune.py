@@ -716,6 +716,7 @@ def read_args(folder):
     """The arguments of a run of this script. Raises InputError."""
     try:
         saved = json.loads(Path(folder, "args.json").read_text())
+        Path(folder, "checkpoint.pt").stat()  # raises OSError: killed before the first one
         return Args(**{name: saved[name] for name in vars(Args())})
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{folder} is no run of this script: {error}") from error
@@ -902,10 +903,10 @@ def main(args):
 
         if due:
             returns, lengths = evaluate(agent.act, envs, 1000 * (args.seed + 1))  # the same episodes
-            mean, std, length = map(float, (returns.mean(), returns.std(), lengths.mean()))
-            score = normalized_score(args, mean)
-            logs |= {"eval/episodic_return": mean, "eval/episodic_length": length}
-            message = f"step {step:,}: return {mean:.1f} +- {std:.1f}"
+            average, spread, length = map(float, (returns.mean(), returns.std(), lengths.mean()))
+            score = normalized_score(args, average)
+            logs |= {"eval/episodic_return": average, "eval/episodic_length": length}
+            message = f"step {step:,}: return {average:.1f} +- {spread:.1f}"
             if score is not None:
                 logs["eval/normalized_score"] = score
                 message += f", score {score:.1f}"
@@ -916,7 +917,7 @@ def main(args):
         if due:
             writer.flush()
             seconds = time.time() - begun
-            evaluations.append([step, mean, std, score, length, len(envs), seconds])
+            evaluations.append([step, average, spread, score, length, len(envs), seconds])
             with open(folder / "eval.csv", "w") as file:
                 print(EVAL_HEADER, file=file)
                 for row in evaluations:
@@ -928,7 +929,7 @@ def main(args):
             os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at every moment
     bar.close()
     writer.close()
-    envs[0].close()  # its film
+    envs[0].close()  # RecordVideo writes the last film
     column, name = (3, "normalized_score") if evaluations[-1][3] is not None else (1, "return_mean")
     last = [row[column] for row in evaluations[-5:]]
     print(f"{folder}: {name} {last[-1]:.1f}, mean of the last five {np.mean(last):.1f}")

@@ -186,3 +186,6 @@ def test_flags_beside_resume_replace_the_saved_ones_in_args_json_too(cli, small)
     assert after["resume"] is None and len((folder / "eval.csv").read_text().splitlines()) == 5
     code, _, err = cli("--resume", str(folder), script="td3bc")
     assert code == 2 and "no run of this script" in err and "alpha" in err
+    (folder / "checkpoint.pt").unlink()  # as if killed before the first
+    code, _, err = cli("--resume", str(folder))
+    assert code == 2 and "checkpoint.pt" in err and "Traceback" not in err
