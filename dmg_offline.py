@@ -17,8 +17,6 @@ import hashlib
 import json
 import math
 import os
-import platform
-import re
 import sys
 import time
 import warnings
@@ -34,8 +32,6 @@ import torch
 import torch.nn as nn
 import tyro
 from gymnasium.envs.mujoco.ant_v5 import AntEnv
-from gymnasium.spaces import Box, flatten
-from gymnasium.vector.utils import iterate
 from gymnasium.wrappers import FlattenObservation, RecordVideo, RescaleAction, TimeLimit
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -126,16 +122,6 @@ class Args:
 
 
 # ---- shared by all scripts: networks ----
-class Batch(NamedTuple):
-    """Transitions as float32 tensors: states as the networks see them, actions in [-1, 1]."""
-
-    observations: torch.Tensor  # (B, state_dim)
-    actions: torch.Tensor  # (B, action_dim)
-    rewards: torch.Tensor  # (B,)
-    next_observations: torch.Tensor  # (B, state_dim)
-    terminated: torch.Tensor  # (B,), 1 where the episode ended for good; a timeout is 0
-
-
 class Linear(nn.Module):
     """nn.Linear, (B, n_in) -> (B, n_out), or two side by side, (2, B, n_in) -> (2, B, n_out)."""
 
@@ -158,10 +144,9 @@ def mlp(n_in, n_out, *nets):
 
 
 class TwinCritic(nn.Module):
-    """Q1 and Q2: (B, state_dim), (B, action_dim) -> (2, B).
+    """Q1 and Q2, batched to halve the matrix products: (B, state_dim), (B, action_dim) -> (2, B).
 
-    One batched network halves the matrix products. A LayerNorm in it needs parameters of shape (2, 1, 256):
-    with nn.LayerNorm(256) Q1 and Q2 would share them.
+    A LayerNorm in it needs parameters of shape (2, 1, 256): nn.LayerNorm(256) would be shared by Q1 and Q2.
     """
 
     def __init__(self, state_dim, action_dim):
@@ -216,7 +201,7 @@ class Agent(nn.Module):
 
 def update(agent, batch, noise, args, update_actor):
     """One iteration of Algorithm 1. noise: (B, action_dim), standard normal. Returns detached scalars."""
-    s, a, r, next_s, terminated = batch
+    s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
     # in-sample maximum (Eq. 15): V(s) tends to the largest Q'(s, a) over the dataset's actions
     with torch.no_grad():
@@ -262,8 +247,7 @@ def update(agent, batch, noise, args, update_actor):
 def actor_learning_rate(step, args):
     """Cosine from learning_rate to 0 over all actor updates, then 0 (Table 5); step counts from 1."""
     updates_done = step // args.policy_frequency - 1
-    all_updates = max(args.gradient_steps // args.policy_frequency, 1)
-    progress = min(updates_done / all_updates, 1.0)
+    progress = min(updates_done * args.policy_frequency / args.gradient_steps, 1.0)
     return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -277,39 +261,33 @@ D4RL_ROBOTS = {  # environment, return of a random and of an expert policy
     "hopper": ("Hopper-v4", -20.272305, 3234.3),
     "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
 }
-D4RL_MAPS = {  # cell of the goal in metres, map of 4 m cells
-    "umaze": ((0, 8), "##### #...# ###.# #...# #####"),
-    "medium": ((20, 20), "######## #..##..# #..#...# ##...### #..#...# #.#..#.# #...#..# ########"),
-    "large": (
-        (32, 24),
-        "############ #....#.....# #.##.#.#.#.# #......#...# #.####.###.# #..#.#.....# "
-        "##.#.#.#.### #..#...#...# ############",
-    ),
+D4RL_MAZES = {  # cell of the goal in metres, map of 4 m cells without the wall around it
+    "umaze": ((0, 8), "... ##. ..."),
+    "medium": ((20, 20), "..##.. ..#... #...## ..#... .#..#. ...#.."),
+    "large": ((32, 24), "....#..... .##.#.#.#. ......#... .####.###. ..#.#..... #.#.#.#.## ..#...#..."),
 }
-D4RL_MAZES = {
-    "antmaze-umaze-v2": "u-maze_noisy_multistart_False_multigoal_False",
-    "antmaze-umaze-diverse-v2": "u-maze_noisy_multistart_True_multigoal_True",
-    "antmaze-medium-play-v2": "big-maze_noisy_multistart_True_multigoal_False",
-    "antmaze-medium-diverse-v2": "big-maze_noisy_multistart_True_multigoal_True",
-    "antmaze-large-play-v2": "hardest-maze_noisy_multistart_True_multigoal_False",
-    "antmaze-large-diverse-v2": "hardest-maze_noisy_multistart_True_multigoal_True",
-}
-# the first 16 digits of the sha256 of their files, from tensorflow_datasets
+# the first 8 digits of the sha256 of their files, from tensorflow_datasets
 D4RL_HASHES = """
-    halfcheetah-random-v2:25407aef85b5d16c halfcheetah-medium-v2:41324e8487a9556d
-    halfcheetah-medium-replay-v2:48d494a4770c11f4 halfcheetah-medium-expert-v2:015db75dae5bbe8e
-    halfcheetah-full-replay-v2:27fdf7ea86e5a2cb halfcheetah-expert-v2:d9fe53bb994eb1e2
-    hopper-random-v2:63103ef7059db4c0 hopper-medium-v2:5bdf1bc4a713c829
-    hopper-medium-replay-v2:e121c5f7c9857a30 hopper-medium-expert-v2:9d51ad87f8c905be
-    hopper-full-replay-v2:56baf95963c51c1e hopper-expert-v2:01aa219a5f8eea5e
-    walker2d-random-v2:4e863bb6090cf4a4 walker2d-medium-v2:cf00f43add04c17f
-    walker2d-medium-replay-v2:e75de96a4f77acf7 walker2d-medium-expert-v2:6b8d7f868c45bbae
-    walker2d-full-replay-v2:f2720f9d27b2acef walker2d-expert-v2:2985dc3d436a8baa
-    antmaze-umaze-v2:5ef15257771c50ef antmaze-umaze-diverse-v2:c771dd63963cd7d9
-    antmaze-medium-play-v2:c9fec1c1daad97c7 antmaze-medium-diverse-v2:ad9dcbac05d1f874
-    antmaze-large-play-v2:6d353df245782992 antmaze-large-diverse-v2:84f775eb7956ea9c
+    halfcheetah-random-v2:25407aef halfcheetah-medium-v2:41324e84 halfcheetah-medium-replay-v2:48d494a4
+    halfcheetah-medium-expert-v2:015db75d halfcheetah-full-replay-v2:27fdf7ea halfcheetah-expert-v2:d9fe53bb
+    hopper-random-v2:63103ef7 hopper-medium-v2:5bdf1bc4 hopper-medium-replay-v2:e121c5f7
+    hopper-medium-expert-v2:9d51ad87 hopper-full-replay-v2:56baf959 hopper-expert-v2:01aa219a
+    walker2d-random-v2:4e863bb6 walker2d-medium-v2:cf00f43a walker2d-medium-replay-v2:e75de96a
+    walker2d-medium-expert-v2:6b8d7f86 walker2d-full-replay-v2:f2720f9d walker2d-expert-v2:2985dc3d
+    antmaze-umaze-v2:5ef15257 antmaze-umaze-diverse-v2:c771dd63 antmaze-medium-play-v2:c9fec1c1
+    antmaze-medium-diverse-v2:ad9dcbac antmaze-large-play-v2:6d353df2 antmaze-large-diverse-v2:84f775eb
 """
 D4RL_SHA256 = dict(entry.split(":") for entry in D4RL_HASHES.split())
+
+
+class Batch(NamedTuple):
+    """Transitions as float32 tensors: states as the networks see them, actions in [-1, 1]."""
+
+    observations: torch.Tensor  # (B, state_dim)
+    actions: torch.Tensor  # (B, action_dim)
+    rewards: torch.Tensor  # (B,)
+    next_observations: torch.Tensor  # (B, state_dim)
+    terminated: torch.Tensor  # (B,), 1 where the episode ended for good; a timeout is 0
 
 
 class InputError(ValueError):
@@ -339,8 +317,12 @@ def complete(args, defaults):
 def download_d4rl(env_id):
     """Path of a D4RL v2 name's file in D4RL's cache folder, downloaded once. Raises InputError."""
     file = f"gym_mujoco_v2/{env_id[:-3].replace('-', '_')}-v2.hdf5"
-    if env_id in D4RL_MAZES:
-        file = f"ant_maze_v2/Ant_maze_{D4RL_MAZES[env_id]}_sparse_fixed.hdf5"
+    if env_id.startswith("antmaze"):
+        maze = {"umaze": "u", "medium": "big", "large": "hardest"}[env_id.split("-")[1]]
+        starts, goals = env_id != "antmaze-umaze-v2", "diverse" in env_id
+        file = (
+            f"ant_maze_v2/Ant_maze_{maze}-maze_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
+        )
     path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / Path(file).name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -407,7 +389,8 @@ def read_minari(env_id, space):
     source, episodes = open_minari(env_id), []
     try:
         for x in source:
-            s = np.stack([flatten(space, observation) for observation in iterate(space, x.observations)])
+            observations = gym.vector.utils.iterate(space, x.observations)
+            s = np.stack([gym.spaces.flatten(space, observation) for observation in observations])
             episodes.append((s[:-1], x.actions, x.rewards, x.terminations, x.truncations, s[1:]))
     except (OSError, KeyError) as error:
         folder = source.storage.data_path.parent
@@ -457,14 +440,15 @@ def load_dataset(args):
     AntMaze: reward 0 and terminal at the goal, -1 elsewhere (App. C.1).
     """
     env = make_env(args)
-    space, box = env.recorded_spaces
+    recorded = env.env.env  # without our RescaleAction and FlattenObservation: the spaces of the dataset
+    box = recorded.action_space
     name = args.dataset_path or args.env_id
     if args.dataset_path or name in D4RL_SHA256:
         columns = read_hdf5(args.dataset_path or download_d4rl(name))
         s, a, r, terminated, timeouts, *stored = check_columns(name, columns, env)
         next_s, kept = find_next(name, s, terminated, timeouts, stored)
     else:
-        columns = read_minari(name, space)
+        columns = read_minari(name, recorded.observation_space)
         s, a, r, terminated, timeouts, next_s = check_columns(name, columns, env)
         kept = np.ones(len(s), bool)  # Minari stores the state after a timeout
     if not kept.any():
@@ -513,7 +497,7 @@ class D4RLAntMaze(AntEnv):
     """
 
     def __init__(self, size, render_mode=None):
-        self.goal_cell, self.map = D4RL_MAPS[size]
+        self.goal_cell, self.map = D4RL_MAZES[size]
         super().__init__(
             exclude_current_positions_from_observation=False,
             include_cfrc_ext_in_observation=False,
@@ -526,9 +510,9 @@ class D4RLAntMaze(AntEnv):
         for motor in spec.actuators:
             motor.gear[0] = 30
         wall = {"type": mujoco.mjtGeom.mjGEOM_BOX, "size": [2, 2, 1], "contype": 1, "conaffinity": 1}
-        for i, row in enumerate(self.map.split()):
-            for j in np.flatnonzero(np.array(list(row)) == "#"):
-                spec.worldbody.add_geom(pos=[4 * (j - 1), 4 * (i - 1), 1], **wall)
+        cells = np.pad([list(row) for row in self.map.split()], 1, constant_values="#")
+        for i, j in np.argwhere(cells == "#"):
+            spec.worldbody.add_geom(pos=[4 * (j - 1), 4 * (i - 1), 1], **wall)
         for geom in spec.geoms:
             geom.solimp[:3] = 0.8, 0.8, 0.01
         model = spec.compile()
@@ -545,19 +529,16 @@ class D4RLAntMaze(AntEnv):
         return self.state_vector(), float(reached), reached, False, {}
 
 
-def make_env(args, render_mode=None):
-    """The evaluation environment, with vector observations and actions in [-1, 1]. Raises InputError.
-
-    Its recorded_spaces are the observation and action space of the dataset.
-    """
+def make_env(args, **options):
+    """The evaluation environment, with vector observations and actions in [-1, 1]. Raises InputError."""
     mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
-    name, options = args.env_id, {"render_mode": render_mode} if render_mode else {}
+    name = args.env_id
     if is_antmaze(args) and name not in D4RL_SHA256:
         import gymnasium_robotics  # noqa: F401  registers AntMaze
 
         options["continuing_task"] = False  # an episode ends at the goal
     try:
-        if name in D4RL_MAZES:
+        if name in D4RL_SHA256 and is_antmaze(args):
             size = name.split("-")[1]
             env = TimeLimit(D4RLAntMaze(size, **options), 700 if size == "umaze" else 1000)
         elif name in D4RL_SHA256:
@@ -574,13 +555,11 @@ def make_env(args, render_mode=None):
         warnings.warn(f"{name} has no time limit, 1000 steps are taken", stacklevel=1)
         env = TimeLimit(env, 1000)
     space, box = env.observation_space, env.action_space
-    if not isinstance(box, Box) or len(box.shape) != 1 or not box.is_bounded():
+    if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
         raise InputError(f"{name} has actions of {box}; needed is a Box of one dimension, with bounds")
-    if re.search("Discrete|MultiBinary|Text|Sequence|Graph|OneOf", str(space)):
+    if any(kind in str(space) for kind in ("Discrete", "Multi", "Text", "Sequence", "Graph", "OneOf")):
         raise InputError(f"{name} has observations of {space}; needed is Box, or Dict or Tuple of Box")
-    env = RescaleAction(FlattenObservation(env), np.float32(-1), np.float32(1))
-    env.recorded_spaces = space, box
-    return env
+    return RescaleAction(FlattenObservation(env), np.float32(-1), np.float32(1))
 
 
 # ---- end of environments ----
@@ -596,15 +575,15 @@ def evaluate(act, envs, seed):
     """
     returns, lengths = np.zeros((2, len(envs)))
     observations = np.stack([env.reset(seed=seed + k)[0] for k, env in enumerate(envs)])
-    playing = dict(enumerate(envs))
+    playing = set(range(len(envs)))
     while playing:
         actions = act(observations)
-        for k, env in list(playing.items()):
-            observations[k], reward, terminated, truncated, _ = env.step(actions[k])
+        for k in sorted(playing):
+            observations[k], reward, terminated, truncated, _ = envs[k].step(actions[k])
             returns[k] += reward
             lengths[k] += 1
             if terminated or truncated:
-                del playing[k]
+                playing.remove(k)
     return returns, lengths
 
 
@@ -622,9 +601,7 @@ def normalized_score(args, mean_return):
     else:
         metadata = open_minari(args.env_id).storage.metadata
         random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-        if random is None or expert is None:
-            return None
-    return 100 * (mean_return - random) / (expert - random)
+    return None if random is None or expert is None else 100 * (mean_return - random) / (expert - random)
 
 
 def read_args(folder):
@@ -656,8 +633,9 @@ def set_up(args):
 
 def open_run(args, first):
     """The run folder, new or resumed before step `first`, with args.json in it, and its TensorBoard log."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    folder = Path(args.resume or f"runs/{re.sub('[/:]', '-', name)}")
+    env_id = args.env_id.replace("/", "-").replace(":", "-")
+    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    folder = Path(args.resume or f"runs/{name}")
     folder.mkdir(parents=True, exist_ok=bool(args.resume))
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
     record = vars(args) | {"resume": None, "versions": versions}
@@ -680,7 +658,7 @@ class Adam(nn.Module):
         self.net_parameters = list(net.parameters())
         self.m = nn.ParameterList(map(torch.zeros_like, self.net_parameters)).requires_grad_(False)
         self.v = copy.deepcopy(self.m)
-        self.register_buffer("step", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("step", torch.zeros(()))
         self.register_buffer("learning_rate", torch.tensor(learning_rate))
 
     def minimise(self, loss):
@@ -689,8 +667,8 @@ class Adam(nn.Module):
         m, v = list(self.m), list(self.v)  # running means of the gradients and of their squares
         with torch.no_grad():
             self.step += 1
-            rate = self.learning_rate / (1 - torch.exp(self.step * math.log(0.9)))  # 1 - 0.9^step
-            root = torch.sqrt(1 - torch.exp(self.step * math.log(0.999)))
+            rate = self.learning_rate / -torch.expm1(self.step * math.log(0.9))  # 1 - 0.9^step
+            root = (-torch.expm1(self.step * math.log(0.999))).sqrt()
             torch._foreach_lerp_(m, gradients, 1 - 0.9)
             torch._foreach_mul_(v, 0.999)
             torch._foreach_addcmul_(v, gradients, gradients, 1 - 0.999)
@@ -703,7 +681,7 @@ class Adam(nn.Module):
 
 def accelerate(step, args, device):
     """step(update_actor), which changes tensors in place, compiled and, on a GPU, as a CUDA graph."""
-    if platform.libc_ver()[0] == "glibc":  # keep what a step frees: 15 % faster
+    if sys.platform == "linux":  # keep what a step frees: 15 % faster
         ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
     if args.compile:
@@ -760,7 +738,7 @@ def main(args):
     learn = accelerate(update_on_batch, args, device)
     folder, writer = open_run(args, first)
     if args.capture_video:
-        env = make_env(args, "rgb_array")
+        env = make_env(args, render_mode="rgb_array")
         envs[0] = RecordVideo(env, f"{folder}/videos", lambda _: True, name_prefix=f"from-step-{first}")
     metrics = {}  # step 0 only evaluates
     bar = tqdm(total=args.gradient_steps, initial=max(first - 1, 0), unit="step")
@@ -801,10 +779,8 @@ def main(args):
             writer.flush()
             seconds = time.time() - begun
             evaluations.append([step, average, spread, score, length, len(envs), seconds])
-            with open(folder / "eval.csv", "w") as file:
-                print(EVAL_HEADER, file=file)
-                for row in evaluations:
-                    print(*row, sep=",", file=file)
+            lines = [",".join(map(str, row)) for row in evaluations]
+            (folder / "eval.csv").write_text("\n".join([EVAL_HEADER, *lines, ""]))
             state = {"step": step, "evaluations": evaluations, "seconds": seconds, "device": device.type}
             state |= {"agent": agent.state_dict(), "generator": generator.get_state()}
             torch.save(state, folder / "checkpoint.tmp")

@@ -60,8 +60,7 @@ def roll_out(args, env, agent, trained):
     (state_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     widths = (state_dim,), (action_dim,), (), (state_dim,), ()
     nothing = dmg.Batch(*(torch.empty(0, *width) for width in widths))
-    settings = {"env_id": trained.env_id, "online_steps": args.transitions, "seed": args.seed}
-    settings = dmg.Args(from_scratch=True, **settings)
+    settings = dmg.Args(trained.env_id, from_scratch=True, online_steps=args.transitions, seed=args.seed)
     new_agent = dmg.Agent(state_dim, action_dim, settings)  # its mean is 0 and its std 1
     replay = dmg.Replay(nothing, env, new_agent, settings)
     rng = np.random.default_rng(args.seed)
@@ -132,11 +131,12 @@ def collect(args):
     if target.exists():
         raise dmg.InputError(f"{target} exists: delete it or give another id")
     env = script.make_env(trained)
+    spaces = env.env.env.observation_space, env.env.action_space  # as recorded: our wrappers are taken off
     agent = script.Agent(*env.observation_space.shape, *env.action_space.shape, trained)
     checkpoint = torch.load(Path(args.run, "checkpoint.pt"), map_location="cpu", weights_only=True)
     agent.load_state_dict(checkpoint["agent"])
     online = saved_replay(checkpoint, trained, agent) if args.replay else roll_out(args, env, agent, trained)
-    buffers = list(episodes(online, env.recorded_spaces, dmg.is_antmaze(trained)))
+    buffers = list(episodes(online, spaces, dmg.is_antmaze(trained)))
     facts = description(trained, env) | {"algorithm_name": script.__name__}
     root = get_dataset_path()
     with tempfile.TemporaryDirectory(prefix=".", dir=root) as temporary:

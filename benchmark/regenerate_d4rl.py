@@ -43,9 +43,9 @@ class Args:
     seed: int = 0
 
     def __post_init__(self):
-        names = set(dmg.D4RL_SHA256) - set(dmg.D4RL_MAZES) if self.sac else set(dmg.D4RL_MAZES)
+        names = [name for name in dmg.D4RL_SHA256 if ("antmaze" in name) == (not self.sac)]
         if self.name not in names:
-            raise dmg.InputError(f"{self.name} is none of {', '.join(sorted(names))} (robots need --sac)")
+            raise dmg.InputError(f"{self.name} is none of {', '.join(names)} (robots need --sac)")
         self.out = self.out or f"{self.name}.hdf5"
 
 
@@ -135,16 +135,16 @@ class Maze:
     def __init__(self, name, rng):
         from gymnasium_robotics.envs.maze import maps  # not at the top: it prints
 
-        size, variant = name.split("-")[1], dmg.D4RL_MAZES[name]
+        size, many_goals = name.split("-")[1], "diverse" in name
         grid = {"umaze": maps.U_MAZE, "medium": maps.MEDIUM_MAZE, "large": maps.LARGE_MAZE}[size]
         self.env = dmg.D4RLAntMaze(size)
         self.rng = rng
 
         self.free = [tuple(cell) for cell in np.argwhere(np.array(grid) != 1).tolist()]
-        self.goal_cells = self.free if "multigoal_True" in variant else GOAL_CELLS[size]
+        self.goal_cells = self.free if many_goals else GOAL_CELLS[size]
         self.start_cells = []  # none: the origin
-        if "multistart_True" in variant:  # D4RL counts the goal cells of a play set as walls here
-            walls = self.goal_cells if "multigoal_False" in variant else []
+        if name != "antmaze-umaze-v2":  # D4RL counts the goal cells of a play set as walls here
+            walls = [] if many_goals else self.goal_cells
             self.start_cells = [cell for cell in self.free if cell not in walls]
 
     def reset(self):
@@ -229,7 +229,7 @@ def collect_locomotion(args):
 
 def regenerate(args):
     """Write the file; it has its name only when it is whole."""
-    collect = collect_maze if args.name in dmg.D4RL_MAZES else collect_locomotion
+    collect = collect_locomotion if args.sac else collect_maze
     columns, attributes = collect(args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(f"{args.out}.tmp", "w") as file:

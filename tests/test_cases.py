@@ -192,7 +192,7 @@ def test_recorders_are_dropped_and_other_wrappers_of_gymnasium_kept(store):
     edit = lambda _, spec: spec["additional_wrappers"].append(monitor)  # noqa: E731
     args = store(wrappers.RecordEpisodeStatistics(shifted(gym.make("Pendulum-v1"))), edit=edit)
     env = make_env(args)
-    assert env.recorded_spaces[1].high == 3  # RescaleAction's
+    assert env.env.action_space.high == 3  # RescaleAction's
     assert "Monitor" not in str(env) and "RecordEpisodeStatistics" not in str(env)
 
 

@@ -61,7 +61,7 @@ def test_waypoints_lead_along_the_u():
     assert (x >= 4).all() and (x < 5).all() and (y >= 0).all() and (y < 1).all() and len(set(x)) == 50
 
 
-@pytest.mark.parametrize("name", d4rl.dmg.D4RL_MAZES)
+@pytest.mark.parametrize("name", [name for name in d4rl.dmg.D4RL_SHA256 if "antmaze" in name])
 def test_starts_and_goals_are_in_d4rls_ranges(name):
     maze = d4rl.Maze(name, np.random.default_rng(0))
     starts, goals = set(), set()
