@@ -755,7 +755,7 @@ class Adam(nn.Module):
         self.net_parameters = list(net.parameters())
         self.m = nn.ParameterList(map(torch.zeros_like, self.net_parameters)).requires_grad_(False)
         self.v = copy.deepcopy(self.m)
-        self.register_buffer("step", torch.zeros(()))
+        self.register_buffer("step", torch.zeros((), dtype=torch.float64))
         self.register_buffer("learning_rate", torch.tensor(learning_rate))
 
     def minimise(self, loss):
@@ -764,8 +764,8 @@ class Adam(nn.Module):
         m, v = list(self.m), list(self.v)  # running means of the gradients and of their squares
         with torch.no_grad():
             self.step += 1
-            rate = self.learning_rate / -torch.expm1(self.step * math.log(0.9))  # 1 - 0.9^step
-            root = (-torch.expm1(self.step * math.log(0.999))).sqrt()
+            rate = (self.learning_rate / (1 - 0.9**self.step)).to(m[0])
+            root = (1 - 0.999**self.step).sqrt().to(m[0])
             torch._foreach_lerp_(m, gradients, 1 - 0.9)
             torch._foreach_mul_(v, 0.999)
             torch._foreach_addcmul_(v, gradients, gradients, 1 - 0.999)
