@@ -33,7 +33,7 @@ def algorithm(args):
     if args.get("from_scratch"):
         return "TD3"
     if script == "td3bc":
-        return "TD3BC"
+        return "TD3+BC"
     name = args["in_sample"].upper()
     if script == "iql":
         return name

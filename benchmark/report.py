@@ -25,11 +25,11 @@ from rliable import metrics
 plt.switch_backend("agg")
 
 STYLES = {  # lines that differ in grey too
-    "DMG": ("#000000", "-"), "IQL": ("#c0504d", "--"), "TD3BC": ("#4f9bd9", "-."), "TD3": ("#a6a6a6", ":"),
+    "DMG": ("#000000", "-"), "IQL": ("#c0504d", "--"), "TD3+BC": ("#4f9bd9", "-."), "TD3": ("#a6a6a6", ":"),
     "XQL+DMG": ("#1b5e20", "-"), "XQL": ("#8bc34a", "--"), "SQL+DMG": ("#6a1b9a", "-"),
     "SQL": ("#ba68c8", "--"),
 }  # fmt: skip
-TABLES = {"DMG": 2, "IQL": 2, "TD3BC": 2, "XQL+DMG": 3, "XQL": 3, "SQL+DMG": 3, "SQL": 3}
+TABLES = {"DMG": 2, "IQL": 2, "TD3+BC": 2, "XQL+DMG": 3, "XQL": 3, "SQL+DMG": 3, "SQL": 3}
 PAPER_HEADING = {"D4RL v2": "paper", "D4RL made again": "paper, original data, 1M steps"}
 
 

@@ -31,10 +31,13 @@ KINDS |= {"mode": Dict(pos=X, mode=Discrete(3)), "bits": Dict(pos=X, bits=MultiB
 class Goal(gym.Env):
     """A point that walks; its observations are of the kind asked for."""
 
-    action_space = Box(-1, 1, (1,))
+    action_space, metadata = Box(-1, 1, (1,)), {"render_modes": ["rgb_array"], "render_fps": 30}
 
     def __init__(self, kind, render_mode=None):
-        self.kind, self.observation_space = kind, KINDS[kind]
+        self.kind, self.observation_space, self.render_mode = kind, KINDS[kind], render_mode
+
+    def render(self):
+        return np.zeros((32, 32, 3), np.uint8)
 
     def observe(self):
         x, g = self.x.astype(np.float32), np.zeros(1, np.float32)
@@ -161,6 +164,15 @@ def test_a_set_without_an_environment_says_so(store):
     assert f"{args.env_id} has no environment" in refusal(load_dataset, args)
 
 
+def test_the_first_episode_of_each_evaluation_is_filmed(store, tmp_path):
+    pytest.importorskip("moviepy")
+    args = store(gym.make("Goal_vector-v0"))
+    args.capture_video = True
+    main(args)
+    films = [film.name for film in tmp_path.glob("runs/*/videos/*.mp4")]
+    assert sorted(films) == ["from-step-0-episode-0.mp4", "from-step-0-episode-1.mp4"]
+
+
 def test_an_arrow_set_trains(store):
     pytest.importorskip("pyarrow")
     args = store(gym.make("Pendulum-v1"), 2 * ACTIONS, data_format="arrow")
@@ -183,12 +195,9 @@ def test_an_environment_without_a_time_limit_gets_one_and_says_so(store):
     assert lengths == [1000]
 
 
-def wrapper(entry_point, **kwargs):
-    return {"name": entry_point.split(":")[-1], "entry_point": entry_point, "kwargs": kwargs}
-
-
 def test_recorders_are_dropped_and_other_wrappers_of_gymnasium_kept(store):
-    monitor = wrapper("stable_baselines3.common.monitor:Monitor", filename=None)
+    entry_point = "stable_baselines3.common.monitor:Monitor"
+    monitor = {"name": "Monitor", "entry_point": entry_point, "kwargs": {"filename": None}}
     edit = lambda _, spec: spec["additional_wrappers"].append(monitor)  # noqa: E731
     args = store(wrappers.RecordEpisodeStatistics(shifted(gym.make("Pendulum-v1"))), edit=edit)
     env = make_env(args)
@@ -197,11 +206,12 @@ def test_recorders_are_dropped_and_other_wrappers_of_gymnasium_kept(store):
 
 
 HARM = {"entry_point": "harm:Env"}
+HARMFUL_WRAPPER = HARM | {"name": "Env", "kwargs": {}}
 HARMFUL = {
     "another entry point": lambda _, spec: spec.update(HARM),
     "an id that names a module": lambda _, spec: spec.update(id="harm:Env-v0"),
     "an id that is not registered": lambda _, spec: spec.update(HARM, id="Env-v0"),
-    "a wrapper of its own": lambda _, spec: spec.update(additional_wrappers=[wrapper("harm:Env")]),
+    "a wrapper of its own": lambda _, spec: spec.update(additional_wrappers=[HARMFUL_WRAPPER]),
     "no spaces": lambda metadata, spec: (metadata.pop("observation_space"), spec.update(HARM)),
 }
 

@@ -119,15 +119,12 @@ def test_layers_are_orthogonal_without_biases_and_only_v_is_normalised(in_sample
         assert [m.eps for m in net.modules() if isinstance(m, torch.nn.LayerNorm)] == norms
 
 
-@pytest.mark.parametrize(
-    "in_sample, temperatures", [("iql", (None, None)), ("xql", (2, 0.6)), ("sql", (1, 0.1))]
-)
-def test_defaults_of_iql_are_the_published_ones(in_sample, temperatures):
-    of_env = zip((HOPPER, ANTMAZE), temperatures, ((0.7, 3), (0.9, 10)), strict=True)
+@pytest.mark.parametrize("in_sample, betas", [("iql", (None, None)), ("xql", (2, 0.6)), ("sql", (1, 0.1))])
+def test_defaults_of_iql_are_the_published_ones(in_sample, betas):
+    of_env = zip((HOPPER, ANTMAZE), betas, ((0.7, 3), (0.9, 10)), strict=True)
     for env_id, temperature, own in of_env:
         args = iql.Args(env_id=env_id, in_sample=in_sample)
-        found = args.in_sample_temperature, args.expectile, args.inverse_temperature
-        assert found == (temperature, *own)
+        assert (args.in_sample_temperature, args.expectile, args.inverse_temperature) == (temperature, *own)
         assert (args.max_weight, args.normalize_states, args.online_steps) == (100, False, 0)
 
 

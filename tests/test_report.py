@@ -44,7 +44,7 @@ def by_hand(tmp_path_factory):
     again = {"env_id": "antmaze-umaze-v2", "dataset": "umaze.hdf5", "nu": 0.5}
     runs += [a_run(0, {50_000: 15.0, 350_000: 96.0}, **again)]
     runs += [a_run(0, {500_000: 97.0}, **again | {"algorithm": "IQL", "steps": 500_000, "nu": np.nan})]
-    runs += [a_run(0, {500_000: None}, **again | {"algorithm": "TD3BC", "nu": np.nan})]
+    runs += [a_run(0, {500_000: None}, **again | {"algorithm": "TD3+BC", "nu": np.nan})]
     online = {"env_id": "antmaze-umaze-v2", "online": MILLION, "nu": 0.5}
     runs += [a_run(s, {MILLION: 90.0 + s, 2 * MILLION: 95.0 + s}, **online) for s in (0, 1)]
     runs += [a_run(0, {10: np.nan}, env_id="Ant-v5", steps=10)]
@@ -68,7 +68,7 @@ def test_cells_are_means_of_finished_seeds_beside_the_papers_score(by_hand):
 
 def test_d4rl_made_again_has_tables_of_its_own_whose_heading_names_the_original(by_hand):
     part = by_hand[1].split("## D4RL made again\n")[1].split("\n## ")[0]
-    for name in ("DMG", "IQL", "TD3BC"):
+    for name in ("DMG", "IQL", "TD3+BC"):
         assert f"| {name} (paper, original data, 1M steps) |" in part
     ours = "96.0 (1 seed, after 350,000 steps) | 92.4 ± 1.8 | 97.0 (1 seed, after 500,000 steps) | 89.6 |"
     assert f"| antmaze-umaze-v2 (umaze.hdf5) | {ours} - (0 seeds, 1 diverged) | 73.0 |" in part
@@ -102,7 +102,7 @@ def test_pictures_show_every_curve_with_units_and_a_cross(by_hand, tmp_path, mon
     paper = [line for line in again.axes[0].lines if "original data" in str(line.get_label())]
     assert paper[0].get_ydata() == [92.4, 92.4]
     legend = {text.get_text() for text in again.legends[0].get_texts()}
-    assert legend == {"DMG", "IQL", "TD3BC", "DMG, paper, original data, 1M steps"}
+    assert legend == {"DMG", "IQL", "TD3+BC", "DMG, paper, original data, 1M steps"}
     for axis in (axis for figure in figures.values() for axis in figure.axes):
         assert "steps" in axis.get_xlabel() and "(" in axis.get_ylabel()
     for path in by_hand[0].glob("*.png"):
