@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -140,7 +141,9 @@ class Args:
         defaults["learning_starts"] = 25_000 if self.from_scratch else 0
         defaults["gamma_online"] = 0.995 if "large" in name and is_antmaze(self) else self.gamma
         if self.from_scratch:
-            self.offline_steps, self.lam, self.lam_end, self.nu, self.nu_end = 0, 1.0, 1.0, 0.0, 0.0
+            self.offline_steps = 0
+            self.lam, self.lam_end = 1.0, 1.0
+            self.nu, self.nu_end = 0.0, 0.0
         complete(self, defaults)
 
 
@@ -303,10 +306,6 @@ class Replay:
         self.observation, _ = self.env.reset(seed=seed)
         self.total_reward = 0.0
 
-    def end_episode(self):
-        self.ends.append(self.size - self.first)
-        self.returns.append(self.total_reward)
-
     def step(self, action):
         """Add one transition, action: (action_dim,). A timeout is not terminal. AntMaze: reward 0 or -1."""
         observation, reward, terminated, truncated, _ = self.env.step(action)
@@ -315,9 +314,11 @@ class Replay:
         for column, x in zip(self.rows, row, strict=True):
             column[self.size] = x
         self.size += 1
-        self.observation, self.total_reward = observation, self.total_reward + float(reward)
+        self.observation = observation
+        self.total_reward += float(reward)
         if terminated or truncated:
-            self.end_episode()
+            self.ends.append(self.size - self.first)
+            self.returns.append(self.total_reward)
             self.begin_episode()
 
     def state(self):
@@ -330,9 +331,9 @@ class Replay:
         for column, x in zip(self.rows, state["rows"], strict=True):
             column[self.first : self.size] = x
         self.ends, self.returns = state["ends"], state["returns"]
-        self.total_reward = math.nan  # of the cut episode
         if self.size - self.first > (self.ends or [0])[-1]:
-            self.end_episode()
+            self.ends.append(self.size - self.first)
+            self.returns.append(math.nan)
         self.begin_episode()
 
 
@@ -643,7 +644,7 @@ def make_env(args, **options):
     space, box = env.observation_space, env.action_space
     if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
         raise InputError(f"{name} has actions of {box}; needed is a Box of one dimension, with bounds")
-    if any(kind in str(space) for kind in ("Discrete", "Multi", "Text", "Sequence", "Graph", "OneOf")):
+    if re.search("Discrete|Multi|Text|Sequence|Graph|OneOf", str(space)):
         raise InputError(f"{name} has observations of {space}; needed is Box, or Dict or Tuple of Box")
     return RescaleAction(FlattenObservation(env), np.float32(-1), np.float32(1))
 
@@ -719,8 +720,7 @@ def set_up(args):
 
 def open_run(args, first):
     """The run folder, new or resumed before step `first`, with args.json in it, and its TensorBoard log."""
-    env_id = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     folder = Path(args.resume or f"runs/{name}")
     folder.mkdir(parents=True, exist_ok=bool(args.resume))
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
@@ -810,7 +810,8 @@ def main(args):
     """Train; with --resume, from the checkpoint on. Raises InputError; SystemExit(3) after a divergence."""
     device = set_up(args)
     envs = [make_env(args) for _ in range(args.eval_episodes)]
-    (state_dim,), (action_dim,) = envs[0].observation_space.shape, envs[0].action_space.shape
+    state_dim = envs[0].observation_space.shape[0]
+    action_dim = envs[0].action_space.shape[0]
     agent = Agent(state_dim, action_dim, args)
     widths = (state_dim,), (action_dim,), (), (state_dim,), ()
     dataset = Batch(*(torch.empty(0, *width) for width in widths))
@@ -827,7 +828,8 @@ def main(args):
     agent.to(device)
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:
-        evaluations, begun = checkpoint["evaluations"], begun - checkpoint["seconds"]
+        evaluations = checkpoint["evaluations"]
+        begun -= checkpoint["seconds"]
         replay.restore(checkpoint["online"])
     index = torch.empty(args.batch_size, dtype=torch.int64, device=device)
     noise = torch.empty(args.batch_size, action_dim, device=device)
@@ -844,7 +846,8 @@ def main(args):
     if args.capture_video:
         env = make_env(args, render_mode="rgb_array")
         envs[0] = RecordVideo(env, f"{folder}/videos", lambda _: True, name_prefix=f"from-step-{first}")
-    metrics, total = {}, args.offline_steps + args.online_steps
+    metrics = {}
+    total = args.offline_steps + args.online_steps
     bar = tqdm(total=total, initial=learned, unit="step")
     for step in range(first, total + 1):
         bar.update(step - bar.n)

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -186,10 +187,10 @@ class Agent(nn.Module):
         super().__init__()
         self.actor = GaussianActor(state_dim, action_dim)
         self.critic = TwinCritic(state_dim, action_dim)
-        first, relu, second, _, last = mlp(state_dim, 1)
-        layers = [first, relu, second, relu, last]
+        layers = mlp(state_dim, 1)
         if args.in_sample != "iql":  # XQL's and SQL's, with their epsilon
-            layers = [first, nn.LayerNorm(256, 1e-6), relu, second, nn.LayerNorm(256, 1e-6), relu, last]
+            layers.insert(3, nn.LayerNorm(256, 1e-6))
+            layers.insert(1, nn.LayerNorm(256, 1e-6))
         self.value = nn.Sequential(*layers, nn.Flatten(0))  # (B, state) -> (B,)
         for layer in self.modules():
             if isinstance(layer, Linear):
@@ -289,10 +290,6 @@ class Replay:
         self.observation, _ = self.env.reset(seed=seed)
         self.total_reward = 0.0
 
-    def end_episode(self):
-        self.ends.append(self.size - self.first)
-        self.returns.append(self.total_reward)
-
     def step(self, action):
         """Add one transition, action: (action_dim,). A timeout is not terminal. AntMaze: reward 0 or -1."""
         observation, reward, terminated, truncated, _ = self.env.step(action)
@@ -301,9 +298,11 @@ class Replay:
         for column, x in zip(self.rows, row, strict=True):
             column[self.size] = x
         self.size += 1
-        self.observation, self.total_reward = observation, self.total_reward + float(reward)
+        self.observation = observation
+        self.total_reward += float(reward)
         if terminated or truncated:
-            self.end_episode()
+            self.ends.append(self.size - self.first)
+            self.returns.append(self.total_reward)
             self.begin_episode()
 
     def state(self):
@@ -316,9 +315,9 @@ class Replay:
         for column, x in zip(self.rows, state["rows"], strict=True):
             column[self.first : self.size] = x
         self.ends, self.returns = state["ends"], state["returns"]
-        self.total_reward = math.nan  # of the cut episode
         if self.size - self.first > (self.ends or [0])[-1]:
-            self.end_episode()
+            self.ends.append(self.size - self.first)
+            self.returns.append(math.nan)
         self.begin_episode()
 
 
@@ -629,7 +628,7 @@ def make_env(args, **options):
     space, box = env.observation_space, env.action_space
     if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
         raise InputError(f"{name} has actions of {box}; needed is a Box of one dimension, with bounds")
-    if any(kind in str(space) for kind in ("Discrete", "Multi", "Text", "Sequence", "Graph", "OneOf")):
+    if re.search("Discrete|Multi|Text|Sequence|Graph|OneOf", str(space)):
         raise InputError(f"{name} has observations of {space}; needed is Box, or Dict or Tuple of Box")
     return RescaleAction(FlattenObservation(env), np.float32(-1), np.float32(1))
 
@@ -705,8 +704,7 @@ def set_up(args):
 
 def open_run(args, first):
     """The run folder, new or resumed before step `first`, with args.json in it, and its TensorBoard log."""
-    env_id = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     folder = Path(args.resume or f"runs/{name}")
     folder.mkdir(parents=True, exist_ok=bool(args.resume))
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -499,7 +500,7 @@ def make_env(args, **options):
     space, box = env.observation_space, env.action_space
     if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
         raise InputError(f"{name} has actions of {box}; needed is a Box of one dimension, with bounds")
-    if any(kind in str(space) for kind in ("Discrete", "Multi", "Text", "Sequence", "Graph", "OneOf")):
+    if re.search("Discrete|Multi|Text|Sequence|Graph|OneOf", str(space)):
         raise InputError(f"{name} has observations of {space}; needed is Box, or Dict or Tuple of Box")
     return RescaleAction(FlattenObservation(env), np.float32(-1), np.float32(1))
 
@@ -575,8 +576,7 @@ def set_up(args):
 
 def open_run(args, first):
     """The run folder, new or resumed before step `first`, with args.json in it, and its TensorBoard log."""
-    env_id = args.env_id.replace("/", "-").replace(":", "-")
-    name = f"{env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
     folder = Path(args.resume or f"runs/{name}")
     folder.mkdir(parents=True, exist_ok=bool(args.resume))
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
