@@ -405,11 +405,9 @@ def download_d4rl(env_id):
     """Path of a D4RL v2 name's file in D4RL's cache folder, downloaded once. Raises InputError."""
     file = f"gym_mujoco_v2/{env_id[:-3].replace('-', '_')}-v2.hdf5"
     if env_id.startswith("antmaze"):
-        maze = {"umaze": "u", "medium": "big", "large": "hardest"}[env_id.split("-")[1]]
+        maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[env_id.split("-")[1]]
         starts, goals = env_id != "antmaze-umaze-v2", "diverse" in env_id
-        file = (
-            f"ant_maze_v2/Ant_maze_{maze}-maze_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
-        )
+        file = f"ant_maze_v2/Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
     path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / Path(file).name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
