@@ -124,18 +124,12 @@ def mlp(n_in, n_out, *nets):
     return [*hidden, Linear(256, n_out, *nets)]
 
 
-class TwinCritic(nn.Module):
-    """Q1 and Q2, batched to halve the matrix products: (B, state_dim), (B, action_dim) -> (2, B).
+class TwinCritic(nn.Sequential):
+    """Q1 and Q2, batched to halve the matrix products: (B, state_dim), (B, action_dim) -> (2, B)."""
 
-    A LayerNorm in it needs parameters of shape (2, 1, 256): nn.LayerNorm(256) would be shared by Q1 and Q2.
-    """
-
-    def __init__(self, state_dim, action_dim):
-        super().__init__()
-        self.net = nn.Sequential(*mlp(state_dim + action_dim, 1, 2))
-
+    # a LayerNorm in it needs parameters of shape (2, 1, 256): nn.LayerNorm(256) would be shared by Q1 and Q2
     def forward(self, s, a):
-        return self.net(torch.cat([s, a], -1).expand(2, -1, -1)).squeeze(-1)
+        return super().forward(torch.cat([s, a], -1).expand(2, -1, -1)).squeeze(-1)
 
 
 # ---- end of networks ----
@@ -145,7 +139,7 @@ class Agent(nn.Module):
     def __init__(self, state_dim, action_dim, args):
         super().__init__()
         self.actor = nn.Sequential(*mlp(state_dim, action_dim), nn.Tanh())  # (B, state) -> (B, action)
-        self.critic = TwinCritic(state_dim, action_dim)
+        self.critic = TwinCritic(*mlp(state_dim + action_dim, 1, 2))
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(state_dim))
@@ -188,8 +182,7 @@ def update(agent, batch, noise, args, update_actor):
         # target networks
         with torch.no_grad():
             for net, target in ((agent.critic, agent.critic_target), (agent.actor, agent.actor_target)):
-                pairs = list(target.parameters()), list(net.parameters())
-                torch._foreach_lerp_(*pairs, args.target_update_rate)
+                torch._foreach_lerp_([*target.parameters()], [*net.parameters()], args.target_update_rate)
         metrics |= {"actor_loss": actor_loss, "bc_loss": bc_loss}
     return {name: value.detach() for name, value in metrics.items()}
 
@@ -249,7 +242,8 @@ def complete(args, defaults):
     defaults["eval_episodes"] = 100 if antmaze else 10
     for name, value in vars(args).items():
         value = defaults.get(name) if value is None else value
-        low, high = int(name in FROM_ONE), 1 if name in UNIT_INTERVAL else math.inf
+        low = 1 if name in FROM_ONE else 0
+        high = 1 if name in UNIT_INTERVAL else math.inf
         if isinstance(value, int | float) and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} must be in [{low}, {high}], not {value}")
         setattr(args, name, value)
@@ -262,7 +256,8 @@ def download_d4rl(env_id):
     file = f"gym_mujoco_v2/{env_id[:-3].replace('-', '_')}-v2.hdf5"
     if env_id.startswith("antmaze"):
         maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[env_id.split("-")[1]]
-        starts, goals = env_id != "antmaze-umaze-v2", "diverse" in env_id
+        starts = env_id != "antmaze-umaze-v2"
+        goals = "diverse" in env_id
         file = f"ant_maze_v2/Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
     path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / Path(file).name
     if not path.exists():
@@ -276,14 +271,29 @@ def download_d4rl(env_id):
     return path
 
 
-def read_hdf5(path):
-    """The COLUMNS of a file in D4RL's schema; it may lack next_observations. Raises InputError."""
+def read_hdf5(path, env):
+    """The COLUMNS of a file in D4RL's schema, and which rows are transitions, (N,). Raises InputError."""
     try:
         with h5py.File(path) as file:
             names = COLUMNS if COLUMNS[5] in file else COLUMNS[:5]
-            return [file[name].astype(np.float32)[:] for name in names]
+            columns = [file[name].astype(np.float32)[:] for name in names]
     except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"cannot read {path} ({error}): it needs {', '.join(COLUMNS[:5])}") from error
+    s, a, r, terminals, timeouts, *stored = check_columns(path, columns, env)
+    # as in d4rl.qlearning_dataset next observations are the next row's; the file's own are only compared
+    next_s = np.roll(s, -1, 0)
+    kept = timeouts == 0
+    kept[-1:] = False
+    if not timeouts.any():
+        advice = "set timeouts to 1 in the last row of each episode that a time limit ended"
+        print(f"Warning: {path} marks no timeouts, so rows of two episodes may be joined: {advice}")
+    for column in stored:
+        differs = (np.abs(column - next_s) > 1e-4).any(1) & kept & (terminals == 0)
+        if 2 * differs.sum() > kept.sum():
+            raise InputError(f"{path} is not in the order of time: next_observations are not the next rows'")
+        if differs.any():
+            print(f"Warning: {path} has {differs.sum():,} next_observations that are not the next row's")
+    return (s, a, r, terminals, timeouts, next_s), kept
 
 
 def open_minari(env_id):
@@ -311,8 +321,7 @@ def open_minari(env_id):
         raise InputError(f"{env_id} has no environment to evaluate in")
     if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
-    known = gym.registry.get(spec.id)
-    if known is None or known.entry_point != spec.entry_point:
+    if spec.id not in gym.registry or gym.registry[spec.id].entry_point != spec.entry_point:
         raise InputError(f"{env_id} needs {spec.id} ({spec.entry_point}): register it in this file")
     spec.kwargs.pop("render_mode", None)
     recorders = ":Monitor", ":RecordEpisodeStatistics", ":RecordVideo"
@@ -325,9 +334,10 @@ def open_minari(env_id):
     return source
 
 
-def read_minari(env_id, space):
-    """The COLUMNS of a Minari dataset, observations of `space` flattened. Raises InputError."""
+def read_minari(env_id, env):
+    """The COLUMNS of a Minari dataset, and that all rows are transitions, (N,). Raises InputError."""
     source, episodes = open_minari(env_id), []
+    space = env.env.env.observation_space  # without our RescaleAction and FlattenObservation
     try:
         for x in source:
             observations = gym.vector.utils.iterate(space, x.observations)
@@ -336,14 +346,17 @@ def read_minari(env_id, space):
     except (OSError, KeyError) as error:
         folder = source.storage.data_path.parent
         raise InputError(f"{env_id} is incomplete ({error}): delete {folder} and try again") from error
-    return [np.concatenate(x, dtype=np.float32) for x in zip(*episodes, strict=True)]
+    columns = [np.concatenate(x, dtype=np.float32) for x in zip(*episodes, strict=True)]
+    return check_columns(env_id, columns, env), np.ones(len(columns[0]), bool)
 
 
 def check_columns(name, columns, env):
     """The columns with the shapes of `env`, rewards, terminals and timeouts (N,). Raises InputError."""
-    state, action, rows = env.observation_space.shape, env.action_space.shape, len(columns[0])
-    for k, shape in enumerate((state, action, (), (), (), state)[: len(columns)]):
-        x, shape = columns[k], (rows, *shape)
+    rows = len(columns[0])
+    state, action = env.observation_space.shape, env.action_space.shape
+    widths = state, action, (), (), (), state
+    for k, x in enumerate(columns):
+        shape = (rows, *widths[k])
         if len(x) != rows or x.size != math.prod(shape):
             raise InputError(f"{name} has {COLUMNS[k]} of shape {x.shape}; needed is {shape}")
         if not np.isfinite(x).all():
@@ -355,43 +368,16 @@ def check_columns(name, columns, env):
     return columns
 
 
-def find_next(name, s, terminals, timeouts, stored):
-    """Next observations, (N, state_dim), of HDF5 rows, and which rows have one, (N,). Raises InputError.
-
-    As in d4rl.qlearning_dataset they are the next row's; the last row and rows at a timeout have none. The
-    `stored` next_observations, if any, are only compared with them.
-    """
-    next_s, kept = np.roll(s, -1, 0), timeouts == 0
-    kept[-1:] = False
-    if not timeouts.any():
-        advice = "set timeouts to 1 in the last row of each episode that a time limit ended"
-        print(f"Warning: {name} marks no timeouts, so rows of two episodes may be joined: {advice}")
-    for column in stored:
-        differs = (np.abs(column - next_s) > 1e-4).any(1) & kept & (terminals == 0)
-        if 2 * differs.sum() > kept.sum():
-            raise InputError(f"{name} is not in the order of time: next_observations are not the next rows'")
-        if differs.any():
-            print(f"Warning: {name} has {differs.sum():,} next_observations that are not the next row's")
-    return next_s, kept
-
-
 def load_dataset(args):
-    """The dataset as a Batch, and the mean and std that normalised its states. Raises InputError.
-
-    AntMaze: reward 0 and terminal at the goal, -1 elsewhere (App. C.1).
-    """
+    """The dataset as a Batch, and the mean and std that normalised its states. Raises InputError."""
     env = make_env(args)
-    recorded = env.env.env  # without our RescaleAction and FlattenObservation: the spaces of the dataset
-    box = recorded.action_space
+    box = env.env.action_space  # without our RescaleAction: the bounds of the dataset
     name = args.dataset_path or args.env_id
     if args.dataset_path or name in D4RL_SHA256:
-        columns = read_hdf5(args.dataset_path or download_d4rl(name))
-        s, a, r, terminated, timeouts, *stored = check_columns(name, columns, env)
-        next_s, kept = find_next(name, s, terminated, timeouts, stored)
+        columns, kept = read_hdf5(args.dataset_path or download_d4rl(name), env)
     else:
-        columns = read_minari(name, recorded.observation_space)
-        s, a, r, terminated, timeouts, next_s = check_columns(name, columns, env)
-        kept = np.ones(len(s), bool)  # Minari stores the state after a timeout
+        columns, kept = read_minari(name, env)
+    s, a, r, terminated, timeouts, next_s = columns
     if not kept.any():
         raise InputError(f"{name} has no transition")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
@@ -401,11 +387,12 @@ def load_dataset(args):
         if not np.isin(r, (0, 1)).all():
             raise InputError(f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere")
         terminated = r  # a recorded episode goes on after its goal
-        r = r - 1
+        r = r - 1  # 0 at the goal, -1 elsewhere (App. C.1)
     s, a, r, next_s, terminated = (torch.from_numpy(x[kept]).float() for x in (s, a, r, next_s, terminated))
     ends = f"{terminated.sum():,.0f} terminals, {timeouts.sum():,.0f} timeouts"
     print(f"{name}: {len(r):,} transitions, {ends}, mean reward {r.mean():.3f}")
-    mean, std = s.double().mean(0).float(), s.double().std(0, correction=0).add(1e-3).float()
+    std, mean = torch.std_mean(s.double(), 0, correction=0)
+    mean, std = mean.float(), (std + 1e-3).float()
     if not args.normalize_states:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     return Batch((s - mean) / std, a, r, (next_s - mean) / std, terminated), mean, std
@@ -414,13 +401,10 @@ def load_dataset(args):
 # ---- end of data ----
 # ---- shared by all scripts: environments ----
 def legacy_inertia(model, spec):
-    """Give `model`, compiled from `spec`, the masses and inertias of MuJoCo 2.1.0, with which D4RL scored.
-
-    A capsule then weighed as a cylinder half a radius longer at each end. With exact ones D4RL's agents fall.
-    """
+    """Give `model`, compiled from `spec`, MuJoCo 2.1.0's masses: with exact ones D4RL's agents fall."""
     spec.compile()  # gives the geoms their ids
     for geom in spec.geoms:
-        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:
+        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # it weighed as much as a longer cylinder
             radius, half_length, _ = model.geom_size[geom.id]
             geom.type, geom.size = mujoco.mjtGeom.mjGEOM_CYLINDER, [radius, half_length + radius / 2, 0]
             geom.pos, geom.quat, geom.fromto[:] = model.geom_pos[geom.id], model.geom_quat[geom.id], np.nan
@@ -509,16 +493,12 @@ EVAL_HEADER = "step,return_mean,return_std,normalized_score,length_mean,episodes
 
 
 def evaluate(act, envs, seed):
-    """Returns and lengths, (n,) each, of one episode in each of n envs, the k-th reset with seed + k.
-
-    act: observations (n, state_dim) -> actions (n, action_dim). Each episode is played to its end and
-    counted, so short ones have no advantage. A vector environment would be slower.
-    """
+    """Returns and lengths, (n,) each, of a whole episode in each of n envs, the k-th reset with seed + k."""
     returns, lengths = np.zeros((2, len(envs)))
     observations = np.stack([env.reset(seed=seed + k)[0] for k, env in enumerate(envs)])
     playing = set(range(len(envs)))
     while playing:
-        actions = act(observations)
+        actions = act(observations)  # (n, state_dim) -> (n, action_dim)
         for k in sorted(playing):
             observations[k], reward, terminated, truncated, _ = envs[k].step(actions[k])
             returns[k] += reward
@@ -529,10 +509,7 @@ def evaluate(act, envs, seed):
 
 
 def normalized_score(args, mean_return):
-    """100 (R - random) / (expert - random), AntMaze: percent of successes; None without references.
-
-    A D4RL name has D4RL's references, a Minari dataset its own, your own file none.
-    """
+    """100 (R - random) / (expert - random), AntMaze: percent of successes; None without references."""
     if is_antmaze(args):
         return 100 * mean_return
     if args.env_id in D4RL_SHA256:
@@ -640,7 +617,8 @@ def accelerate(step, args, device):
         if update_actor not in graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                graphs[update_actor] = graph, step(update_actor)  # recorded, not run
+                metrics = step(update_actor)  # recorded, not run
+            graphs[update_actor] = graph, metrics
         graph, metrics = graphs[update_actor]
         graph.replay()
         return metrics
@@ -667,7 +645,7 @@ def main(args):
         if checkpoint["device"] == device.type:  # the other kind draws other random numbers
             generator.set_state(checkpoint["generator"])
         first, evaluations = checkpoint["step"] + 1, checkpoint["evaluations"]
-        begun -= checkpoint["seconds"]
+        begun -= evaluations[-1][-1]  # the seconds until then
     agent.to(device)
     index = torch.empty(args.batch_size, dtype=torch.int64, device=device)
     noise = torch.empty(args.batch_size, action_dim, device=device)
@@ -681,15 +659,13 @@ def main(args):
         env = make_env(args, render_mode="rgb_array")
         envs[0] = RecordVideo(env, f"{folder}/videos", lambda _: True, name_prefix=f"from-step-{first}")
     metrics = {}  # step 0 only evaluates
-    bar = tqdm(total=args.gradient_steps, initial=max(first - 1, 0), unit="step")
-    for step in range(first, args.gradient_steps + 1):
-        bar.update(step - bar.n)
+    steps = range(first, args.gradient_steps + 1)
+    for step in tqdm(steps, initial=first, total=steps.stop, unit="step"):
         if step > 0:
             index.random_(len(dataset.rewards), generator=generator)
             noise.normal_(generator=generator)
             metrics |= learn(step % args.policy_frequency == 0)
 
-        logs = {}
         due = step % args.eval_frequency == 0 or step == args.gradient_steps
         if step > 0 and (due or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
@@ -699,31 +675,28 @@ def main(args):
                 print(f"diverged at step {step:,}, {folder} has the last checkpoint: {logs}", file=sys.stderr)
                 sys.exit(3)
             logs["charts/SPS"] = step / (time.time() - begun)
+            for name, value in logs.items():
+                writer.add_scalar(name, value, step)
 
         if due:
             returns, lengths = evaluate(agent.act, envs, 1000 * (args.seed + 1))  # the same episodes
             average, spread, length = map(float, (returns.mean(), returns.std(), lengths.mean()))
             score = normalized_score(args, average)
-            logs |= {"eval/episodic_return": average, "eval/episodic_length": length}
+            writer.add_scalar("eval/episodic_return", average, step)
+            writer.add_scalar("eval/episodic_length", length, step)
             message = f"step {step:,}: return {average:.1f} +- {spread:.1f}"
             if score is not None:
-                logs["eval/normalized_score"] = score
+                writer.add_scalar("eval/normalized_score", score, step)
                 message += f", score {score:.1f}"
             tqdm.write(message)
-
-        for name, value in logs.items():
-            writer.add_scalar(name, value, step)
-        if due:
             writer.flush()
-            seconds = time.time() - begun
-            evaluations.append([step, average, spread, score, length, len(envs), seconds])
+            evaluations.append([step, average, spread, score, length, len(envs), time.time() - begun])
             lines = [",".join(map(str, row)) for row in evaluations]
             (folder / "eval.csv").write_text("\n".join([EVAL_HEADER, *lines, ""]))
-            state = {"step": step, "evaluations": evaluations, "seconds": seconds, "device": device.type}
+            state = {"step": step, "evaluations": evaluations, "device": device.type}
             state |= {"agent": agent.state_dict(), "generator": generator.get_state()}
             torch.save(state, folder / "checkpoint.tmp")
             os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at every moment
-    bar.close()
     writer.close()
     envs[0].close()  # RecordVideo writes the last film
     column, name = (3, "normalized_score") if evaluations[-1][3] is not None else (1, "return_mean")

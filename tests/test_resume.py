@@ -57,7 +57,7 @@ def resume(folder, script=dmg_offline, **changes):
 
 def final(folder):
     """All of the last checkpoint and of eval.csv but the clock's readings."""
-    checkpoint = load_checkpoint(folder) | {"seconds": None}
+    checkpoint = load_checkpoint(folder)
     rows = [row[:-1] for row in checkpoint.pop("evaluations")]
     lines = [line.rsplit(",", 1)[0] for line in (folder / "eval.csv").read_text().splitlines()]
     return checkpoint | {"rows": rows, "csv": lines}

@@ -29,8 +29,8 @@ def make_agent(script, args, scale=10):
             p.data.add_(0.05 * torch.randn_like(p))
     batch, _ = make_batch()
     for critic in (agent.critic, agent.critic_target):
-        critic.net[-1].weight.data.mul_(scale)
-        critic.net[-1].bias.data.sub_(critic(batch.observations, batch.actions).mean(1)[:, None, None])
+        critic[-1].weight.data.mul_(scale)
+        critic[-1].bias.data.sub_(critic(batch.observations, batch.actions).mean(1)[:, None, None])
     return agent
 
 
@@ -49,7 +49,7 @@ def forward(net, x, of=()):
 
 
 def q_values(critic, s, a):
-    return [forward(critic.net, torch.cat([s, a], 1), k)[:, 0] for k in (0, 1)]
+    return [forward(critic, torch.cat([s, a], 1), k)[:, 0] for k in (0, 1)]
 
 
 def step(agent, name, loss):
@@ -153,7 +153,7 @@ def test_adam_is_torchs_over_50_steps(dtype, tolerance):
 
 def test_initialisation_is_that_of_torch_linear_for_both_critics_and_they_differ():
     torch.manual_seed(0)
-    first = Agent(STATE, ACTION, ARGS).critic.net[0]
+    first = Agent(STATE, ACTION, ARGS).critic[0]
     bound = (STATE + ACTION) ** -0.5
     for k in (0, 1):
         assert 0.98 * bound < first.weight[k].abs().max() <= bound
