@@ -135,9 +135,8 @@ class Args:
         defaults |= {"inverse_temperature": 3.0, "max_weight": 3.0}
         if is_antmaze(self):
             defaults = {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0, "max_weight": 100.0}
-        if self.in_sample != "iql":
-            five = self.in_sample == "xql" or "medium-expert" in name
-            defaults["in_sample_temperature"] = 5.0 if five else 2.0
+        betas = {"iql": None, "xql": 5.0, "sql": 5.0 if "medium-expert" in name else 2.0}
+        defaults["in_sample_temperature"] = betas[self.in_sample]
         defaults["learning_starts"] = 25_000 if self.from_scratch else 0
         defaults["gamma_online"] = 0.995 if "large" in name and is_antmaze(self) else self.gamma
         if self.from_scratch:

@@ -106,12 +106,11 @@ class Args:
     def __post_init__(self):
         """Fill in what depends on the dataset and on in_sample. Raises InputError."""
         defaults = {"expectile": 0.7, "inverse_temperature": 3.0, "normalize_states": False}
+        betas = {"iql": None, "xql": 2.0, "sql": 1.0}
         if is_antmaze(self):
             defaults |= {"expectile": 0.9, "inverse_temperature": 10.0}
-        if self.in_sample == "xql":
-            defaults["in_sample_temperature"] = 0.6 if is_antmaze(self) else 2.0
-        if self.in_sample == "sql":
-            defaults["in_sample_temperature"] = 0.1 if is_antmaze(self) else 1.0
+            betas = {"iql": None, "xql": 0.6, "sql": 0.1}
+        defaults["in_sample_temperature"] = betas[self.in_sample]
         complete(self, defaults)
 
 
