@@ -584,8 +584,9 @@ class Adam(nn.Module):
         m, v = list(self.m), list(self.v)  # running means of the gradients and of their squares
         with torch.no_grad():
             self.step += 1
-            rate = (self.learning_rate / (1 - 0.9**self.step)).to(m[0])
-            root = (1 - 0.999**self.step).sqrt().to(m[0])
+            # exp(step log 0.9) is 0.9^step, and faster in a compiled update
+            rate = (self.learning_rate / (1 - torch.exp(self.step * math.log(0.9)))).to(m[0])
+            root = (1 - torch.exp(self.step * math.log(0.999))).sqrt().to(m[0])
             torch._foreach_lerp_(m, gradients, 1 - 0.9)
             torch._foreach_mul_(v, 0.999)
             torch._foreach_addcmul_(v, gradients, gradients, 1 - 0.999)
