@@ -73,6 +73,8 @@ def test_defaults_by_dataset_are_those_of_the_paper(env_id, path, nu, expected):
     assert a.nu == nu and (*found, a.normalize_states) == expected
     found = a.lam, a.gamma, a.learning_rate, a.batch_size, a.gradient_steps, a.matmul_precision
     assert found == (0.25, 0.99, 3e-4, 256, 1_000_000, "high")
+    betas = [Args(env_id=env_id, in_sample=kind).in_sample_temperature for kind in ("xql", "sql")]
+    assert betas == [5, 5 if "medium-expert" in env_id else 2] and a.in_sample_temperature is None
     own = Args(env_id=env_id, nu=7.0, eval_episodes=3, normalize_states=False)
     assert (own.nu, own.eval_episodes, own.normalize_states) == (7.0, 3, False)
 
@@ -95,20 +97,17 @@ def test_numbers_outside_their_range_are_refused_by_name(script, name, value):
         module.Args(env_id="hopper-medium-v2", **{name: value})
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["--env-id", "hopper-medium-v3"], ["hopper-medium-v3", "hopper-medium-v2", "Minari"]),
-        (["--env-id", "Hopper-v5"], ["Hopper-v5", "--dataset-path"]),
-        (["--env-id", "NoSuchRobot-v1", "--dataset-path", "nowhere.hdf5"], ["NoSuchRobot"]),
-        (["--env-id", "nomodule:Robot-v0", "--dataset-path", "nowhere.hdf5"], ["nomodule"]),
-        (["--env-id", "CartPole-v1", "--dataset-path", "nowhere.hdf5"], ["Discrete"]),
-        (["--env-id", "Hopper-v4", "--dataset-path", "nowhere.hdf5"], ["nowhere.hdf5"]),
-        (["--resume", "runs/nowhere"], ["runs/nowhere", "no run of this script"]),
-        (["--lam", "2"], ["--lam", "[0, 1]"]),
-        (["--batch-size", "1.5"], ["batch-size"]),
-    ],
-)
+@pytest.mark.parametrize("argv, words", [
+    (["--env-id", "hopper-medium-v3"], ["hopper-medium-v3", "hopper-medium-v2", "Minari"]),
+    (["--env-id", "Hopper-v5"], ["Hopper-v5", "--dataset-path"]),
+    (["--env-id", "NoSuchRobot-v1", "--dataset-path", "nowhere.hdf5"], ["NoSuchRobot"]),
+    (["--env-id", "nomodule:Robot-v0", "--dataset-path", "nowhere.hdf5"], ["nomodule"]),
+    (["--env-id", "CartPole-v1", "--dataset-path", "nowhere.hdf5"], ["Discrete"]),
+    (["--env-id", "Hopper-v4", "--dataset-path", "nowhere.hdf5"], ["nowhere.hdf5"]),
+    (["--resume", "runs/nowhere"], ["runs/nowhere", "no run of this script"]),
+    (["--lam", "2"], ["--lam", "[0, 1]"]),
+    (["--batch-size", "1.5"], ["batch-size"]),
+])  # fmt: skip
 def test_bad_input_is_one_sentence_exit_code_2_and_no_file(cli, tmp_path, argv, words):
     code, _, err = cli(*argv)
     assert code == 2 and all(word in err for word in words), err

@@ -76,15 +76,12 @@ def legacy_mass_matrix(model, qpos, density, total_mass):
     return matrix, dof_weight
 
 
-@pytest.mark.parametrize(
-    "env_id, stock_id, density, total_mass, difference",
-    [
-        ("hopper-medium-replay-v2", "Hopper-v4", 1000, None, 0.3),
-        ("walker2d-medium-v2", "Walker2d-v4", 1000, None, 0.3),
-        ("halfcheetah-medium-expert-v2", "HalfCheetah-v4", 1000, 14, 0.01),
-        ("antmaze-medium-play-v2", "Ant-v4", 5, None, 0.01),
-    ],
-)
+@pytest.mark.parametrize("env_id, stock_id, density, total_mass, difference", [
+    ("hopper-medium-replay-v2", "Hopper-v4", 1000, None, 0.3),
+    ("walker2d-medium-v2", "Walker2d-v4", 1000, None, 0.3),
+    ("halfcheetah-medium-expert-v2", "HalfCheetah-v4", 1000, 14, 0.01),
+    ("antmaze-medium-play-v2", "Ant-v4", 5, None, 0.01),
+])  # fmt: skip
 def test_mass_matrix_is_the_legacy_one(env_id, stock_id, density, total_mass, difference):
     model, stock = make(env_id).unwrapped.model, gym.make(stock_id).unwrapped.model
     qpos = stock.qpos0 + np.random.default_rng(0).uniform(-0.5, 0.5, stock.nq)

@@ -155,8 +155,12 @@ def test_a_finished_run_resumed_changes_nothing_and_a_checkpoint_is_whole_at_eve
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(torch, "save", half)
         resume(folder, gradient_steps=80)
-    assert load_checkpoint(folder)["step"] == 60
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint["step"] == 60
+    checkpoint["evaluations"][-1][-1] = 1e6  # seconds
+    torch.save(checkpoint, folder / "checkpoint.pt")
     resume(folder)
+    assert load_checkpoint(folder)["evaluations"][-1][-1] > 1e6  # the clock goes on
     assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [0, 20, 40, 60, 80]  # once
 
 
