@@ -231,9 +231,10 @@ def update(agent, batch, args):
     with torch.no_grad():
         y = r + args.gamma * (1.0 - terminated) * agent.value(next_s)
     q = agent.critic(s, a)
-    critic_loss = (q - y).square().mean(1).sum()
     if args.in_sample == "xql":  # linear from an error of 20 on
         critic_loss = 2 * nn.functional.huber_loss(q, y.expand_as(q), delta=20.0)
+    else:
+        critic_loss = (q - y).square().mean(1).sum()
     agent.critic_optimizer.minimise(critic_loss)
 
     # target critic
@@ -268,7 +269,9 @@ class Replay:
     """The dataset's rows and, behind them, every online transition in the order of time."""
 
     def __init__(self, dataset, env, agent, args):
-        self.env, self.agent, self.args = env, agent, args
+        self.env = env
+        self.agent = agent
+        self.args = args
         self.first = self.size = len(dataset.rewards)
         room = [x.new_empty(args.online_steps, *x.shape[1:]) for x in dataset]
         device = agent.mean.device
@@ -464,7 +467,8 @@ def open_minari(env_id):
 
 def read_minari(env_id, env):
     """The COLUMNS of a Minari dataset, and that all rows are transitions, (N,). Raises InputError."""
-    source, episodes = open_minari(env_id), []
+    source = open_minari(env_id)
+    episodes = []
     space = env.env.env.observation_space  # without our RescaleAction and FlattenObservation
     try:
         for x in source:
@@ -520,7 +524,8 @@ def load_dataset(args):
     ends = f"{terminated.sum():,.0f} terminals, {timeouts.sum():,.0f} timeouts"
     print(f"{name}: {len(r):,} transitions, {ends}, mean reward {r.mean():.3f}")
     std, mean = torch.std_mean(s.double(), 0, correction=0)
-    mean, std = mean.float(), (std + 1e-3).float()
+    mean = mean.float()
+    std = (std + 1e-3).float()
     if not args.normalize_states:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     return Batch((s - mean) / std, a, r, (next_s - mean) / std, terminated), mean, std
@@ -529,7 +534,7 @@ def load_dataset(args):
 # ---- end of data ----
 # ---- shared by all scripts: environments ----
 def legacy_inertia(model, spec):
-    """Give `model`, compiled from `spec`, MuJoCo 2.1.0's masses: with exact ones D4RL's agents fall."""
+    """Give `model`, compiled from `spec`, MuJoCo 2.1.0's masses and inertias: D4RL's agents fall without."""
     spec.compile()  # gives the geoms their ids
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # it weighed as much as a longer cylinder
@@ -709,7 +714,8 @@ class Adam(nn.Module):
     def minimise(self, loss):
         """One step on the parameters of `net` alone: the other networks in the loss get no gradient."""
         gradients = torch.autograd.grad(loss, self.net_parameters)
-        m, v = list(self.m), list(self.v)  # running means of the gradients and of their squares
+        m = list(self.m)  # running means of the gradients
+        v = list(self.v)  # and of their squares
         with torch.no_grad():
             self.step += 1
             # exp(step log 0.9) is 0.9^step, and faster in a compiled update
@@ -737,7 +743,8 @@ def accelerate(step, args, device):
         step = torch.compile(step, fullgraph=whole, options={"cpp_wrapper": device.type == "cpu"})
     if device.type != "cuda" or not args.cudagraphs:
         return step
-    calls, graphs = [0, 0], {}
+    calls = [0, 0]
+    graphs = {}
 
     def launch(update_actor):
         calls[update_actor] += 1
@@ -766,7 +773,9 @@ def main(args):
     agent = Agent(len(mean), dataset.actions.shape[1], args)
     agent.mean, agent.std = mean, std
     generator = torch.Generator(device).manual_seed(args.seed)  # of batches and actions, not of evaluation
-    first, evaluations, begun = 0, [], time.time()
+    first = 0
+    evaluations = []
+    begun = time.time()
     if args.resume:
         checkpoint = torch.load(Path(args.resume, "checkpoint.pt"), map_location="cpu")
         agent.load_state_dict(checkpoint["agent"])
