@@ -9,8 +9,8 @@ the limit lam = 1 and nu = 0 without a dataset: --from-scratch.
     python dmg_finetune.py --env-id HalfCheetah-v5 --from-scratch --online-steps 200000
 
 Arguments, networks, losses and update (Algorithm 1), data, environments, evaluation, speed, main.
-`update` equals the published code to 1e-14 (float64, 50 steps). D4RL's own policies return here what was
-published for them: hopper_online_10 1296 +- 65, published 1291 +- 86, in Gymnasium's Hopper-v4 1186 +- 43.
+`update` equals the published code to 1e-14 (float64, 50 steps). 32 of D4RL's 33 policies return here
+what was published: hopper_online_10 1296 +- 65, published 1291 +- 86, in Gymnasium's Hopper-v4 1186 +- 43.
 """
 
 import copy
@@ -37,6 +37,7 @@ import torch.nn as nn
 import tyro
 from gymnasium.envs.mujoco.ant_v5 import AntEnv
 from gymnasium.wrappers import FlattenObservation, RecordVideo, RescaleAction, TimeLimit
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -47,7 +48,7 @@ class Args:
     env_id: str = "dmg/halfcheetah/medium-replay-v0"
     """a D4RL v2 name, a Minari id (this one is in datasets/), or a Gymnasium id with --dataset-path"""
     dataset_path: str | None = None
-    """HDF5 file in D4RL's schema: your own data, or to be read instead of the file of a D4RL name"""
+    """HDF5 file in D4RL's schema: your own data, or a replacement for the file of a D4RL name"""
     normalize_states: bool | None = None
     """normalise states by the dataset's mean and standard deviation; None: yes, AntMaze no"""
     # ---- end of dataset arguments ----
@@ -99,7 +100,7 @@ class Args:
     batch_size: int = 256
     """transitions per gradient step"""
     learning_rate: float = 3e-4
-    """Adam's step size for every network"""
+    """Adam's step size, before any decay"""
     eval_frequency: int | None = None
     """gradient steps between evaluations, each with a checkpoint; None: 20,000, AntMaze 50,000"""
     eval_episodes: int | None = None
@@ -130,13 +131,13 @@ class Args:
 
     def __post_init__(self):
         """Fill in what depends on the dataset (App. C.1, Table 5). Raises InputError."""
-        name = Path(self.env_id).name + Path(self.dataset_path or "").name
+        name = Path(self.env_id).name + Path(self.dataset_path or "").name.replace("_", "-")
         defaults = {"nu": 10.0 if "expert" in name else 0.1, "expectile": 0.7}
         defaults |= {"inverse_temperature": 3.0, "max_weight": 3.0}
         if is_antmaze(self):
             defaults = {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0, "max_weight": 100.0}
-        betas = {"iql": None, "xql": 5.0, "sql": 5.0 if "medium-expert" in name else 2.0}
-        defaults["in_sample_temperature"] = betas[self.in_sample]
+        temperatures = {"iql": None, "xql": 5.0, "sql": 5.0 if "medium-expert" in name else 2.0}
+        defaults["in_sample_temperature"] = temperatures[self.in_sample]
         defaults["learning_starts"] = 25_000 if self.from_scratch else 0
         defaults["gamma_online"] = 0.995 if "large" in name and is_antmaze(self) else self.gamma
         if self.from_scratch:
@@ -333,6 +334,7 @@ class Replay:
 
 # ---- end of replay ----
 # ---- shared by all scripts: data ----
+# arguments, of one of the scripts or of all, that lie in [0, 1], and that are at least 1
 UNIT_INTERVAL = "lam", "lam_end", "expectile", "gamma", "gamma_online", "target_update_rate"
 FROM_ONE = "gradient_steps", "batch_size", "policy_frequency", "eval_frequency", "eval_episodes", "max_weight"
 COLUMNS = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
@@ -432,10 +434,10 @@ def read_hdf5(path, env):
     if not timeouts.any():
         advice = "set timeouts to 1 in the last row of each episode that a time limit ended"
         print(f"Warning: {path} marks no timeouts, so rows of two episodes may be joined: {advice}")
-    for column in stored:
-        differs = (np.abs(column - next_s) > 1e-4).any(1) & kept & (terminals == 0)
+    if stored:
+        differs = (np.abs(stored[0] - next_s) > 1e-4).any(1) & kept & (terminals == 0)
         if 2 * differs.sum() > kept.sum():
-            raise InputError(f"{path} is not in the order of time: next_observations are not the next rows'")
+            raise InputError(f"{path} is not in time order: next_observations are not the next rows'")
         if differs.any():
             print(f"Warning: {path} has {differs.sum():,} next_observations that are not the next row's")
     return (s, a, r, terminals, timeouts, next_s), kept
@@ -458,7 +460,7 @@ def open_minari(env_id):
             raise ValueError("it does not say its spaces")  # Minari would import what it names to find them
         source = minari.MinariDataset(folder)
     except Exception as error:  # of the network, the server or the files: they have no common class
-        known = f"a D4RL name ({', '.join(D4RL_SHA256)}) or a Minari id as mujoco/hopper/medium-v0"
+        known = f"a D4RL name ({', '.join(D4RL_SHA256)}) or a Minari id like mujoco/hopper/medium-v0"
         advice = f"give {known}; if a download was interrupted, delete {folder.parent}"
         raise InputError(f"cannot load {env_id} ({type(error).__name__}: {error}): {advice}") from error
     spec = source._eval_env_spec or source.env_spec
@@ -466,7 +468,8 @@ def open_minari(env_id):
         raise InputError(f"{env_id} has no environment to evaluate in")
     if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
-    if spec.id not in gym.registry or gym.registry[spec.id].entry_point != spec.entry_point:
+    registered = gym.registry.get(spec.id)
+    if registered is None or registered.entry_point != spec.entry_point:
         raise InputError(f"{env_id} needs {spec.id} ({spec.entry_point}): register it in this file")
     spec.kwargs.pop("render_mode", None)
     recorders = ":Monitor", ":RecordEpisodeStatistics", ":RecordVideo"
@@ -474,7 +477,7 @@ def open_minari(env_id):
     for wrapper in wrappers:
         code = wrapper.entry_point
         if ":Normalize" in code or not code.startswith("gymnasium.wrappers."):
-            raise InputError(f"{env_id} lacks the statistics or the code of {code}: record it without")
+            raise InputError(f"{env_id} has no code or statistics for {code}: record it without")
     spec.additional_wrappers = tuple(wrappers)
     return source
 
@@ -504,9 +507,9 @@ def check_columns(name, columns, env):
     for k, x in enumerate(columns):
         shape = (rows, *widths[k])
         if len(x) != rows or x.size != math.prod(shape):
-            raise InputError(f"{name} has {COLUMNS[k]} of shape {x.shape}; needed is {shape}")
+            raise InputError(f"{name} has {COLUMNS[k]} of shape {x.shape}, not {shape}")
         if not np.isfinite(x).all():
-            advice = "mark the row before each as a timeout, then remove it"
+            advice = "mark the row before it as a timeout, then remove the row"
             raise InputError(f"{name} has NaN or infinite {COLUMNS[k]}: {advice}")
         columns[k] = x.reshape(shape)
     if not np.isin(columns[3:5], (0, 1)).all():
@@ -533,7 +536,7 @@ def load_dataset(args):
         if not np.isin(r, (0, 1)).all():
             raise InputError(f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere")
         terminated = r  # a recorded episode goes on after its goal
-        r = r - 1  # 0 at the goal, -1 elsewhere (App. C.1)
+        r = r - 1  # 0 at the goal, -1 elsewhere
     s, a, r, next_s, terminated = (torch.from_numpy(x[kept]).float() for x in (s, a, r, next_s, terminated))
     ends = f"{terminated.sum():,.0f} terminals, {timeouts.sum():,.0f} timeouts"
     print(f"{name}: {len(r):,} transitions, {ends}, mean reward {r.mean():.3f}")
@@ -547,48 +550,44 @@ def load_dataset(args):
 
 # ---- end of data ----
 # ---- shared by all scripts: environments ----
-def legacy_inertia(model, spec):
-    """Give `model`, compiled from `spec`, MuJoCo 2.1.0's masses and inertias: D4RL's agents fall without."""
-    spec.compile()  # gives the geoms their ids
+def legacy_inertia(env):
+    """Give the robot of `env` MuJoCo 2.1.0's masses and inertias: else D4RL's agents fall."""
+    spec = mujoco.MjSpec.from_file(env.fullpath)
+    stock = spec.compile()  # gives the geoms their ids
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # it weighed as much as a longer cylinder
-            radius, half_length, _ = model.geom_size[geom.id]
+            radius, half_length, _ = stock.geom_size[geom.id]
             geom.type, geom.size = mujoco.mjtGeom.mjGEOM_CYLINDER, [radius, half_length + radius / 2, 0]
-            geom.pos, geom.quat, geom.fromto[:] = model.geom_pos[geom.id], model.geom_quat[geom.id], np.nan
+            geom.pos, geom.quat, geom.fromto[:] = stock.geom_pos[geom.id], stock.geom_quat[geom.id], np.nan
     legacy = spec.compile()
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
-        getattr(model, field)[:] = getattr(legacy, field)
-    mujoco.mj_setConst(model, mujoco.MjData(model))
+        getattr(env.model, field)[:] = getattr(legacy, field)
+    mujoco.mj_setConst(env.model, mujoco.MjData(env.model))
 
 
 class D4RLAntMaze(AntEnv):
-    """D4RL's antmaze-*-v2: observation qpos (15) and qvel (14), reward 1 and the end within 0.5 of the goal.
+    """D4RL's antmaze-*-v2: observation qpos (15) and qvel (14), reward 1 and end within 0.5 of the goal.
 
     Gymnasium's ant with D4RL's mazes, time step, contacts, torque, frame (the start cell is the origin, +y
     runs down the map), reset and goal noise (d4rl/locomotion/*.py).
     """
 
-    def __init__(self, size, render_mode=None):
+    def __init__(self, size, **options):
         self.goal_cell, self.map = D4RL_MAZES[size]
-        super().__init__(
-            exclude_current_positions_from_observation=False,
-            include_cfrc_ext_in_observation=False,
-            render_mode=render_mode,
-        )
+        seen = {"exclude_current_positions_from_observation": False, "include_cfrc_ext_in_observation": False}
+        super().__init__(**seen, **options)
+        legacy_inertia(self)
 
     def _initialize_simulation(self):
         spec = mujoco.MjSpec.from_file(self.fullpath)
-        spec.option.timestep = 0.02
-        for motor in spec.actuators:
-            motor.gear[0] = 30
         wall = {"type": mujoco.mjtGeom.mjGEOM_BOX, "size": [2, 2, 1], "contype": 1, "conaffinity": 1}
         cells = np.pad([list(row) for row in self.map.split()], 1, constant_values="#")
         for i, j in np.argwhere(cells == "#"):
             spec.worldbody.add_geom(pos=[4 * (j - 1), 4 * (i - 1), 1], **wall)
-        for geom in spec.geoms:
-            geom.solimp[:3] = 0.8, 0.8, 0.01
         model = spec.compile()
-        legacy_inertia(model, spec)
+        model.opt.timestep = 0.02
+        model.actuator_gear[:, 0] = 30
+        model.geom_solimp[:, :3] = 0.8, 0.8, 0.01
         return model, mujoco.MjData(model)
 
     def reset_model(self):
@@ -597,13 +596,14 @@ class D4RLAntMaze(AntEnv):
 
     def step(self, action):
         self.do_simulation(action, self.frame_skip)
-        reached = bool(np.linalg.norm(self.data.qpos[:2] - self.goal) <= 0.5)
+        reached = math.dist(self.data.qpos[:2], self.goal) <= 0.5
         return self.state_vector(), float(reached), reached, False, {}
 
 
 def make_env(args, **options):
     """The evaluation environment, with vector observations and actions in [-1, 1]. Raises InputError."""
-    mujoco.set_mju_user_warning(lambda text: "settotalmass" in text or print(text, file=sys.stderr))
+    mujoco.set_mju_user_warning(warnings.warn)  # not into the file MUJOCO_LOG.TXT
+    warnings.filterwarnings("ignore", ".*settotalmass")  # of HalfCheetah-v4's XML
     name = args.env_id
     if is_antmaze(args) and name not in D4RL_SHA256:
         import gymnasium_robotics  # noqa: F401  registers AntMaze
@@ -616,7 +616,7 @@ def make_env(args, **options):
         elif name in D4RL_SHA256:
             with warnings.catch_warnings(action="ignore"):  # -v4 and its XML are out of date on purpose
                 env = gym.make(D4RL_ROBOTS[name.split("-")[0]][0], **options)
-                legacy_inertia(env.unwrapped.model, mujoco.MjSpec.from_file(env.unwrapped.fullpath))
+                legacy_inertia(env.unwrapped)
         elif args.dataset_path or name in gym.registry:
             env = gym.make(name, **options)
         else:
@@ -624,13 +624,13 @@ def make_env(args, **options):
     except (gym.error.Error, ImportError) as error:
         raise InputError(f"cannot make the environment of {name}: {error}") from error
     if name not in D4RL_SHA256 and env.spec.max_episode_steps is None:
-        warnings.warn(f"{name} has no time limit, 1000 steps are taken", stacklevel=1)
+        warnings.warn(f"{name} has no time limit: episodes end after 1000 steps", stacklevel=1)
         env = TimeLimit(env, 1000)
     space, box = env.observation_space, env.action_space
     if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
-        raise InputError(f"{name} has actions of {box}; needed is a Box of one dimension, with bounds")
-    if re.search("Discrete|Multi|Text|Sequence|Graph|OneOf", str(space)):
-        raise InputError(f"{name} has observations of {space}; needed is Box, or Dict or Tuple of Box")
+        raise InputError(f"{name} has actions of {box}; only a Box of one dimension with bounds works")
+    if re.search(r"(Discrete|Binary|Text|Sequence|Graph|OneOf)\(", str(space)):
+        raise InputError(f"{name} has observations of {space}; only Box, and Dict or Tuple of Box, work")
     return RescaleAction(FlattenObservation(env), np.float32(-1), np.float32(1))
 
 
@@ -682,13 +682,13 @@ def read_args(folder):
 def set_up(args):
     """Print the arguments that are set and prepare torch; returns the device."""
     for name, value in vars(args).items():
-        if value is not None and value is not False and (args.track or not name.startswith("wandb")):
+        if value is not None and (args.track or not name.startswith("wandb")):
             print(f"{name:24}{value}")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory here
     torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # two would wait for each other
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))  # two wait on a busy CPU
     torch.manual_seed(args.seed)
     if not args.cuda or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -726,34 +726,26 @@ def offline_args(folder):
 
 # ---- shared by all scripts: speed ----
 class Adam(nn.Module):
-    """torch.optim.Adam on all tensors at once: torch's own cannot be part of a compiled update."""
+    """torch.optim.Adam as a function: the class cannot be part of a compiled update."""
 
     def __init__(self, net, learning_rate):
         super().__init__()
         self.net_parameters = list(net.parameters())
         self.m = nn.ParameterList(map(torch.zeros_like, self.net_parameters)).requires_grad_(False)
         self.v = copy.deepcopy(self.m)
-        self.register_buffer("step", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("learning_rate", torch.tensor(learning_rate))
+        self.steps = nn.ParameterList(torch.zeros(()) for _ in self.m).requires_grad_(False)
+        # not in the checkpoint: it is an argument, which --resume may change
+        self.register_buffer("learning_rate", torch.tensor(learning_rate), persistent=False)
 
+    @torch.no_grad()
     def minimise(self, loss):
         """One step on the parameters of `net` alone: the other networks in the loss get no gradient."""
         gradients = torch.autograd.grad(loss, self.net_parameters)
-        m = list(self.m)  # running means of the gradients
-        v = list(self.v)  # and of their squares
-        with torch.no_grad():
-            self.step += 1
-            # exp(step log 0.9) is 0.9^step, and faster in a compiled update
-            rate = (self.learning_rate / (1 - torch.exp(self.step * math.log(0.9)))).to(m[0])
-            root = (1 - torch.exp(self.step * math.log(0.999))).sqrt().to(m[0])
-            torch._foreach_lerp_(m, gradients, 1 - 0.9)
-            torch._foreach_mul_(v, 0.999)
-            torch._foreach_addcmul_(v, gradients, gradients, 1 - 0.999)
-            divisor = torch._foreach_sqrt(v)
-            torch._foreach_div_(divisor, root)
-            torch._foreach_add_(divisor, 1e-8)
-            torch._foreach_div_(divisor, rate)
-            torch._foreach_addcdiv_(self.net_parameters, m, divisor, -1.0)
+        state = list(self.m), list(self.v), [], list(self.steps)
+        options = {"lr": self.learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+        options |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
+        options["fused"] = not torch.compiler.is_compiling()  # the compiler makes its own kernel
+        adam(self.net_parameters, gradients, *state, **options)
 
 
 def accelerate(step, args, device):
@@ -795,10 +787,6 @@ def main(args):
     state_dim = envs[0].observation_space.shape[0]
     action_dim = envs[0].action_space.shape[0]
     agent = Agent(state_dim, action_dim, args)
-    widths = (state_dim,), (action_dim,), (), (state_dim,), ()
-    dataset = Batch(*(torch.empty(0, *width) for width in widths))
-    if not args.from_scratch:
-        dataset, agent.mean, agent.std = load_dataset(args)
     generator = torch.Generator(device).manual_seed(args.seed)  # of batches and noise, not of evaluation
     learned = 0
     evaluations = []
@@ -809,6 +797,10 @@ def main(args):
         if checkpoint["device"] == device.type:  # the other kind draws other random numbers
             generator.set_state(checkpoint["generator"])
         learned = checkpoint["step"]
+    widths = (state_dim,), (action_dim,), (), (state_dim,), ()
+    dataset = Batch(*(torch.empty(0, *width) for width in widths))
+    if not args.from_scratch:
+        dataset, agent.mean, agent.std = load_dataset(args)
     agent.to(device)
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:

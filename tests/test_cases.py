@@ -24,7 +24,7 @@ from dmg_offline import Args, evaluate, load_dataset, main, make_env, read_args
 pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|time limit|env_spec is None|precision low)")
 SHORT = {"gradient_steps": 2, "eval_frequency": 2, "eval_episodes": 1, "batch_size": 8, "cuda": False}
 X, G = Box(-9, 9, (2,)), Box(-9, 9, (1,))
-KINDS = {"dict": Dict(pos=X, goal=G), "tuple": Tuple((X, G)), "vector": X}
+KINDS = {"dict": Dict(pos=X, Text=G), "tuple": Tuple((X, G)), "vector": X}
 KINDS |= {"mode": Dict(pos=X, mode=Discrete(3)), "bits": Dict(pos=X, bits=MultiBinary(2))}
 
 
@@ -43,7 +43,7 @@ class Goal(gym.Env):
         x, g = self.x.astype(np.float32), np.zeros(1, np.float32)
         if self.kind in ("vector", "tuple"):
             return x if self.kind == "vector" else (x, g)
-        found = {"pos": x, "goal": g, "mode": self.t % 3, "bits": np.ones(2, np.int8)}
+        found = {"pos": x, "Text": g, "mode": self.t % 3, "bits": np.ones(2, np.int8)}
         return {key: found[key] for key in self.observation_space}
 
     def reset(self, *, seed=None, options=None):

@@ -63,7 +63,7 @@ MUJOCO, ANTMAZE = (0.7, 3, 3, 20_000, 10, True), (0.9, 10, 100, 50_000, 100, Fal
 
 @pytest.mark.parametrize("env_id, path, nu, expected", [
     ("hopper-medium-v2", None, 0.1, MUJOCO), ("walker2d-medium-expert-v2", None, 10, MUJOCO),
-    ("Hopper-v4", "sets/my_expert.hdf5", 10, MUJOCO), ("Hopper-v4", "expert/my_medium.hdf5", 0.1, MUJOCO),
+    ("Hopper-v4", "my_medium_expert.hdf5", 10, MUJOCO), ("Hopper-v4", "expert/my_medium.hdf5", 0.1, MUJOCO),
     ("antmaze-large-play-v2", None, 0.5, ANTMAZE), ("D4RL/antmaze/umaze-v1", None, 0.5, ANTMAZE),
     ("AntMaze_UMaze-v5", "file.hdf5", 0.5, ANTMAZE),
 ])  # fmt: skip
@@ -73,8 +73,8 @@ def test_defaults_by_dataset_are_those_of_the_paper(env_id, path, nu, expected):
     assert a.nu == nu and (*found, a.normalize_states) == expected
     found = a.lam, a.gamma, a.learning_rate, a.batch_size, a.gradient_steps, a.matmul_precision
     assert found == (0.25, 0.99, 3e-4, 256, 1_000_000, "high")
-    betas = [Args(env_id=env_id, in_sample=kind).in_sample_temperature for kind in ("xql", "sql")]
-    assert betas == [5, 5 if "medium-expert" in env_id else 2] and a.in_sample_temperature is None
+    xql, sql = (Args(env_id=env_id, dataset_path=path, in_sample=kind) for kind in ("xql", "sql"))
+    assert (xql.in_sample_temperature, sql.in_sample_temperature) == (5, 5 if nu == 10 else 2)
     own = Args(env_id=env_id, nu=7.0, eval_episodes=3, normalize_states=False)
     assert (own.nu, own.eval_episodes, own.normalize_states) == (7.0, 3, False)
 

@@ -13,7 +13,6 @@ from dmg_offline import Args, evaluate, normalized_score
 
 class SeedEnv(gym.Env):
     """An episode from reset(seed) has seed % 17 + 1 steps; all that follows it pays 1000.
-
     The reward of a step is 1 if the action is the one for its own observation.
     """
 

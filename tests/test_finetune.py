@@ -128,7 +128,7 @@ def test_a_checkpoint_of_dmg_offline_continues_as_if_this_script_had_trained_it(
     assert (args.seed, args.nu, args.eval_frequency, args.exp_name) == (3, 0.3, 20, "dmg_finetune")
     assert (args.offline_steps, args.checkpoint) == (50, folder)
     agent = load_checkpoint(handed_over)["agent"]
-    counts = [agent[f"{net}_optimizer.step"].item() for net in ("actor", "critic", "value")]
+    counts = [agent[f"{net}_optimizer.steps.0"].item() for net in ("actor", "critic", "value")]
     assert counts == [50, 100, 100]  # Adam continues to count
 
 
@@ -226,7 +226,7 @@ def test_from_scratch_is_the_limit_of_no_data_lam_1_and_nu_0_and_trains_after_le
     limit = args.offline_steps, args.lam, args.lam_end, args.nu, args.nu_end, args.learning_starts
     assert limit == (0, 1, 1, 0, 0, 25_000) and Args().learning_starts == 0
     saved = load_checkpoint(run(**PENDULUM))
-    counts = [saved["agent"][f"{net}_optimizer.step"].item() for net in ("actor", "critic", "value")]
+    counts = [saved["agent"][f"{net}_optimizer.steps.0"].item() for net in ("actor", "critic", "value")]
     assert counts == [10, 20, 20] and len(saved["online"]["rows"][0]) == 50
     assert saved["evaluations"][0][3] is None and [x[0] for x in saved["evaluations"]] == [0, 50]
 

@@ -164,6 +164,20 @@ def test_a_finished_run_resumed_changes_nothing_and_a_checkpoint_is_whole_at_eve
     assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [0, 20, 40, 60, 80]  # once
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_resumed_run_takes_another_learning_rate_and_normalisation(name, run):
+    script = importlib.import_module(name)
+    folder = run("a", script, steps=20, normalize_states=True)
+    before = load_checkpoint(folder)["agent"]
+    length = {"offline_steps" if script is dmg_finetune else "gradient_steps": 40}
+    resume(folder, script, learning_rate=0.0, normalize_states=False, **length)
+    after = load_checkpoint(folder)["agent"]
+    assert before["mean"].abs().max() > 0 and not after["mean"].any() and (after["std"] == 1).all()
+    moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert "critic_optimizer.steps.0" in moved
+    assert all(name in ("mean", "std") or "_optimizer" in name or "_target" in name for name in moved)
+
+
 @pytest.mark.parametrize("script", [dmg_finetune, iql])
 def test_online_no_saved_transition_is_lost_and_a_new_episode_begins(script, run, monkeypatch):
     folder = run("a", script, steps=10, online=35)

@@ -131,21 +131,18 @@ def test_dmgs_update_is_the_published_one(lam, nu, tau, alpha, most, gamma, nois
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
 def test_adam_is_torchs_over_50_steps(dtype, tolerance):
-    """Also with gradients of very different sizes, with zeros, and with a learning rate that changes."""
+    """Also with gradients of very different sizes and with a learning rate that changes."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
     twin, x = copy.deepcopy(net), torch.randn(9, 7, dtype=dtype)
     own, torchs = Adam(net, 1e-3).to(dtype), torch.optim.Adam(twin.parameters(), lr=1e-3)
-
-    def loss(net, k):
-        return 10.0 ** (k % 7 - 5) * (net(x * (k % 3)) - 1).square().sum()
-
     for k in range(50):
+        loss, twins_loss = (10.0 ** (k % 7 - 5) * (f(x) - 1).square().sum() for f in (net, twin))
         torchs.param_groups[0]["lr"] = 1e-3 * (1 + k % 4)
         own.learning_rate.fill_(1e-3 * (1 + k % 4))
-        own.minimise(loss(net, k))
+        own.minimise(loss)
         torchs.zero_grad()
-        loss(twin, k).backward()
+        twins_loss.backward()
         torchs.step()
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
