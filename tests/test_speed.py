@@ -68,7 +68,7 @@ def test_an_update_calls_few_operators_in_place_and_reads_nothing_back(script):
     before = {name: x.clone() for name, x in agent.state_dict().items()}
     with Calls() as calls:
         step(True)
-    most = {dmg_offline: 240, dmg_finetune: 240, iql: 225, td3bc: 150}[script]
+    most = {dmg_offline: 190, dmg_finetune: 190, iql: 170, td3bc: 115}[script]
     assert calls.counts.total() <= most, calls.counts
     assert [x.data_ptr() for x in agent.state_dict().values()] == at
     still = {name for name, x in agent.state_dict().items() if torch.equal(x, before[name])}
