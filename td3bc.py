@@ -189,7 +189,7 @@ def update(agent, batch, noise, args, update_actor):
 
 
 # ---- shared by all scripts: data ----
-# arguments, of one of the scripts or of all, that lie in [0, 1], and that are at least 1
+# arguments, some of other scripts: those in [0, 1], and those of at least 1
 UNIT_INTERVAL = "lam", "lam_end", "expectile", "gamma", "gamma_online", "target_update_rate"
 FROM_ONE = "gradient_steps", "batch_size", "policy_frequency", "eval_frequency", "eval_episodes", "max_weight"
 COLUMNS = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
@@ -364,7 +364,7 @@ def check_columns(name, columns, env):
         if len(x) != rows or x.size != math.prod(shape):
             raise InputError(f"{name} has {COLUMNS[k]} of shape {x.shape}, not {shape}")
         if not np.isfinite(x).all():
-            advice = "mark the row before it as a timeout, then remove the row"
+            advice = "remove each such row and mark the row before it as a timeout"
             raise InputError(f"{name} has NaN or infinite {COLUMNS[k]}: {advice}")
         columns[k] = x.reshape(shape)
     if not np.isin(columns[3:5], (0, 1)).all():
@@ -458,7 +458,7 @@ class D4RLAntMaze(AntEnv):
 def make_env(args, **options):
     """The evaluation environment, with vector observations and actions in [-1, 1]. Raises InputError."""
     mujoco.set_mju_user_warning(warnings.warn)  # not into the file MUJOCO_LOG.TXT
-    warnings.filterwarnings("ignore", ".*settotalmass")  # of HalfCheetah-v4's XML
+    warnings.filterwarnings("ignore", ".*settotalmass")  # of HalfCheetah's XML
     name = args.env_id
     if is_antmaze(args) and name not in D4RL_SHA256:
         import gymnasium_robotics  # noqa: F401  registers AntMaze
@@ -543,7 +543,7 @@ def set_up(args):
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory here
     torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))  # two wait on a busy CPU
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))  # more stall on a busy CPU
     torch.manual_seed(args.seed)
     if not args.cuda or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -575,6 +575,7 @@ class Adam(nn.Module):
     def __init__(self, net, learning_rate):
         super().__init__()
         self.net_parameters = list(net.parameters())
+        # running means of the gradients (m) and of their squares (v)
         self.m = nn.ParameterList(map(torch.zeros_like, self.net_parameters)).requires_grad_(False)
         self.v = copy.deepcopy(self.m)
         self.steps = nn.ParameterList(torch.zeros(()) for _ in self.m).requires_grad_(False)
@@ -585,7 +586,7 @@ class Adam(nn.Module):
     def minimise(self, loss):
         """One step on the parameters of `net` alone: the other networks in the loss get no gradient."""
         gradients = torch.autograd.grad(loss, self.net_parameters)
-        state = list(self.m), list(self.v), [], list(self.steps)
+        state = list(self.m), list(self.v), [], list(self.steps)  # [] would be amsgrad's
         options = {"lr": self.learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
         options |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
         compiling = torch.compiler.is_compiling()  # the compiler makes its own kernel

@@ -88,7 +88,7 @@ def replace(key, *shape):
 REFUSED = {
     "nan": (
         put("observations", 7, np.nan),
-        "NaN .* observations: mark the row before it as a timeout, then",
+        "NaN .* observations: remove each such row and mark the row before it as a timeout",
     ),
     "observation beyond float32": (put("observations", (7, 2), 1e39), "infinite observations"),
     "reward beyond float32": (put("rewards", 7, -1e39), "infinite rewards"),
