@@ -40,6 +40,8 @@ class Args:
     """the file (None: the name and .hdf5)"""
     steps: int = 1_000_000
     """rows"""
+    goal: tuple[float, float] | None = None
+    """x and y of a maze's rewarded goal, in metres (None: drawn in its cell, as D4RL drew it)"""
     seed: int = 0
 
     def __post_init__(self):
@@ -139,7 +141,6 @@ class Maze:
         grid = {"umaze": maps.U_MAZE, "medium": maps.MEDIUM_MAZE, "large": maps.LARGE_MAZE}[size]
         self.env = dmg.D4RLAntMaze(size)
         self.rng = rng
-
         self.free = [tuple(cell) for cell in np.argwhere(np.array(grid) != 1).tolist()]
         self.goal_cells = self.free if many_goals else GOAL_CELLS[size]
         self.start_cells = []  # none: the origin
@@ -157,8 +158,8 @@ class Maze:
             qpos[:2] = np.maximum(start + 2 * rng.uniform(0, 0.5, 2), 0)
         mujoco.mj_resetData(env.model, env.data)
         env.set_state(qpos, qvel)
-        goal = corner(rng.choice(self.goal_cells)) + rng.uniform(0, 1, 2)
-        self.goal = np.maximum(goal + rng.uniform(0, 0.5, 2), 0)
+        cell = corner(rng.choice(self.goal_cells))
+        self.goal = np.maximum(cell + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2), 0)
         return env.state_vector()
 
     def next_cell(self, here, target):
@@ -193,15 +194,14 @@ def collect_maze(args):
         action = sample(weights, np.concatenate([state[2:], direction]), rng)
         action = np.clip(action + 0.2 * rng.standard_normal(8), -1, 1)
         timeout = t >= limit  # the row after the last step, as D4RL records it
-        row = state, action, maze.goal, timeout
-        for column, x in zip(columns.values(), row, strict=True):
+        for column, x in zip(columns.values(), (state, action, maze.goal, timeout), strict=True):
             column.append(x)
         maze.env.do_simulation(action, maze.env.frame_skip)
         state = maze.env.state_vector()
         t += 1
         if timeout:
             state, t = maze.reset(), 0
-    goal = maze.env.goal_cell + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2)
+    goal = args.goal or maze.env.goal_cell + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2)
     xy = np.array(columns["observations"], np.float32)[1:, :2]
     near = np.append(np.linalg.norm(xy - goal, axis=1) <= 0.5, 0.0)
     return columns | {"rewards": near, "terminals": near}, {"goal": goal}
