@@ -57,7 +57,7 @@ def score_text(cell, mean="mean", std="std"):
         number += f" ± {cell[std]:.1f}"
     notes = ["1 seed" if cell.n == 1 else f"{cell.n} seeds"]
     if cell.n and cell.step != cell.length + cell.online_steps:
-        notes.append(f"after {cell.step:,.0f} steps")
+        notes.append(f"after {cell.gradient_steps if mean == 'handed_over' else cell.step:,.0f} steps")
     elif cell.unfinished:
         notes.append(f"{cell.unfinished} unfinished")
     if cell.diverged:

@@ -47,6 +47,7 @@ def by_hand(tmp_path_factory):
     runs += [a_run(0, {500_000: None}, **again | {"algorithm": "TD3+BC", "nu": np.nan})]
     online = {"env_id": "antmaze-umaze-v2", "online": MILLION, "nu": 0.5}
     runs += [a_run(s, {MILLION: 90.0 + s, 2 * MILLION: 95.0 + s}, **online) for s in (0, 1)]
+    runs += [a_run(0, {500: 41.0, 600: 65.0}, steps=500, **online | again | {"online": 100})]
     runs += [a_run(0, {10: np.nan}, env_id="Ant-v5", steps=10)]
     runs[-1][0]["return_mean"] = 3000.0
     folder = tmp_path_factory.mktemp("report")
@@ -72,6 +73,8 @@ def test_d4rl_made_again_has_tables_of_its_own_whose_heading_names_the_original(
         assert f"| {name} (paper, original data, 1M steps) |" in part
     ours = "96.0 (1 seed, after 350,000 steps) | 92.4 ± 1.8 | 97.0 (1 seed, after 500,000 steps) | 89.6 |"
     assert f"| antmaze-umaze-v2 (umaze.hdf5) | {ours} - (0 seeds, 1 diverged) | 73.0 |" in part
+    tuned = "| 41.0 (1 seed, after 500 steps) | 92.4 | 65.0 (1 seed, after 600 steps) | 93.4 |"
+    assert "## D4RL made again, 100 online steps\n" in by_hand[1] and tuned in by_hand[1]
     assert part.count("antmaze-umaze-v2") == 1 and "![d4rl-made-again](d4rl-made-again.png)" in part
 
 
