@@ -158,8 +158,8 @@ class Maze:
             qpos[:2] = np.maximum(start + 2 * rng.uniform(0, 0.5, 2), 0)
         mujoco.mj_resetData(env.model, env.data)
         env.set_state(qpos, qvel)
-        cell = corner(rng.choice(self.goal_cells))
-        self.goal = np.maximum(cell + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2), 0)
+        goal_corner = corner(rng.choice(self.goal_cells))
+        self.goal = np.maximum(goal_corner + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2), 0)
         return env.state_vector()
 
     def next_cell(self, here, target):

@@ -57,7 +57,8 @@ def score_text(cell, mean="mean", std="std"):
         number += f" ± {cell[std]:.1f}"
     notes = ["1 seed" if cell.n == 1 else f"{cell.n} seeds"]
     if cell.n and cell.step != cell.length + cell.online_steps:
-        notes.append(f"after {cell.gradient_steps if mean == 'handed_over' else cell.step:,.0f} steps")
+        steps = cell.gradient_steps if mean == "handed_over" else cell.step
+        notes.append(f"after {steps:,.0f} steps")
     elif cell.unfinished:
         notes.append(f"{cell.unfinished} unfinished")
     if cell.diverged:
@@ -152,9 +153,8 @@ def curves(data, runs, part, path):
         if paper and not cells.online_steps.any():
             label = "DMG, paper, original data, 1M steps"
             axis.axhline(float(paper), color="black", linestyle=":", linewidth=1, label=label)
-        steps = "gradient steps" + ", then environment steps" * bool(cells.online_steps.any())
         unit = "return (reward)" if cells.raw.all() else "normalised score (%)"
-        axis.set_xlabel(steps)
+        axis.set_xlabel("gradient steps" + ", then environment steps" * bool(cells.online_steps.any()))
         axis.set_ylabel(unit)
         axis.set_title(shown, fontsize=9)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
