@@ -104,8 +104,8 @@ def test_two_nodes_one_and_a_worker_killed_in_the_middle_and_nothing_is_lost(tmp
         def on_second_node():
             """The run that the second node works on, once it has a checkpoint to lose."""
             for folder in (tmp_path / "benchmark-runs").glob("*"):
-                done = len(evaluations(folder)) if list(folder.glob("runs/*/eval.csv")) else 0
-                if done > 1 and second.node_id.startswith(attempts(folder)[0]["node"]):
+                saved = list(folder.glob("runs/*/checkpoint.pt"))
+                if saved and second.node_id.startswith(attempts(folder)[0]["node"]):
                     return folder
 
         folder = wait_for(on_second_node)
