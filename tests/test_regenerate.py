@@ -87,6 +87,7 @@ def test_rows_of_a_maze_and_the_same_seed_the_same_bytes(policies):
     assert np.array_equal(rows["goal"], [0.4, 0.3])
     xy, timeouts = rows["observations"][:, :2], rows["timeouts"]
     assert np.flatnonzero(timeouts).tolist() == list(range(700, len(xy), 701))
+    assert regenerate("antmaze-umaze-diverse-v2", policies, steps=1100)["timeouts"].argmax() == 1000
     steps = np.linalg.norm(np.diff(xy, axis=0), axis=1)
     assert steps[~timeouts[:-1]].max() < 5  # D4RL's own check
     near = np.linalg.norm(xy[1:] - rows["goal"], axis=1) <= 0.5
@@ -143,8 +144,7 @@ def test_published_pickles_are_read_and_run_nothing(tmp_path):
     saved = {"exploration/policy": net}
     torch.save(saved, tmp_path / "ant_hierarch_pol.pkl", _use_new_zipfile_serialization=False)
     for names in (["a"], ["ant_goal", "ant_hierarch_pol"]):
-        found = d4rl.read_policy(tmp_path, *names)
-        np.testing.assert_equal(dict(found), arrays)
+        np.testing.assert_equal(dict(d4rl.read_policy(tmp_path, *names)), arrays)
 
     class Evil:
         def __reduce__(self):
