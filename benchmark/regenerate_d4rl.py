@@ -185,7 +185,7 @@ def collect_maze(args):
     rng = np.random.default_rng(args.seed)
     weights = read_policy(args.policies, "ant_goal", "ant_hierarch_pol")
     maze = Maze(args.name, rng)
-    limit = 700 if args.name == "antmaze-umaze-v2" else 1000
+    limit = 700 if args.name == "antmaze-umaze-v2" else 1000  # D4RL's umaze-diverse has 1,036 episodes
     columns = {name: [] for name in ("observations", "actions", "infos/goal", "timeouts")}
     state, t = maze.reset(), 0
     for _ in trange(args.steps):
