@@ -1,31 +1,31 @@
-"""Doubly Mild Generalization (DMG), offline and then online, in one file.
+"""Doubly Mild Generalization (DMG), offline then online, in one file.
 
 Mao, Wang, Qu, Jiang, Ji, "Doubly Mild Generalization for Offline Reinforcement Learning", NeurIPS 2024,
-https://arxiv.org/abs/2411.07934, App. C.2. Online, lam rises and nu falls towards ordinary online RL. TD3 is
-the limit lam = 1 and nu = 0 without a dataset: --from-scratch.
+https://arxiv.org/abs/2411.07934
 
     python dmg_finetune.py --env-id antmaze-umaze-v2
     python dmg_finetune.py --checkpoint runs/<a run of dmg_offline.py>
-    python dmg_finetune.py --env-id HalfCheetah-v5 --from-scratch --online-steps 200000
 
-Arguments, networks, losses and update (Algorithm 1), data, environments, evaluation, speed, main.
-`update` equals the published code to 1e-14 (float64, 50 steps). 32 of D4RL's 33 policies return here
-what was published: hopper_online_10 1296 +- 65, published 1291 +- 86, in Gymnasium's Hopper-v4 1186 +- 43.
+Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, replay, main.
+The update equals the authors' published code to 1e-13 (float64). Of 33 policies that D4RL publishes with
+their returns 32 get them here within two standard errors, 17 in Gymnasium's -v4 (README.md has the plot).
+Report the last evaluation of a run, its mean and standard deviation over seeds.
 """
 
 import copy
-import ctypes
 import dataclasses
+import difflib
+import functools
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
-import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import h5py
@@ -33,194 +33,199 @@ import minari
 import mujoco
 import numpy as np
 import torch
-import torch.nn as nn
 import tyro
-from gymnasium.envs.mujoco.ant_v5 import AntEnv
+from gymnasium.envs.mujoco import ant_v5, half_cheetah_v4, hopper_v4, walker2d_v4
 from gymnasium.wrappers import FlattenObservation, RecordVideo, RescaleAction, TimeLimit
-from torch.optim.adam import adam
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclasses.dataclass
-class Args:
-    # ---- shared by all scripts: dataset arguments ----
-    env_id: str = "dmg/halfcheetah/medium-replay-v0"
-    """a D4RL v2 name, a Minari id (this one is in datasets/), or a Gymnasium id with --dataset-path"""
-    dataset_path: str | None = None
-    """HDF5 file in D4RL's schema: your own data, or a replacement for the file of a D4RL name"""
-    normalize_states: bool | None = None
-    """normalise states by the dataset's mean and standard deviation; None: yes, AntMaze no"""
-    # ---- end of dataset arguments ----
-    offline_steps: int = 1_000_000
-    """gradient steps on the dataset alone"""
-    online_steps: int = 1_000_000
-    """environment steps after that, each with one gradient step"""
-    checkpoint: str | None = None
-    """run folder of dmg_offline.py to start from, with that run's arguments, instead of the offline steps"""
-    from_scratch: bool = False
-    """TD3: no dataset, no offline steps, lam 1, nu 0; --env-id may be any Gymnasium id"""
-    learning_starts: int | None = None
-    """first online steps, with uniform actions and no gradient step; None: 0, --from-scratch 25,000"""
-    exploration_noise: float = 0.1
-    """standard deviation of the noise on online actions, in units of the action range [-1, 1]"""
-    gamma_online: float | None = None
-    """discount factor online, in [0, 1]; None: gamma, antmaze-large 0.995"""
-    lam: float = 0.25
-    """mixture coefficient (lambda), in [0, 1]: weight of the mildly generalized maximum in the target"""
-    lam_end: float = 0.5
-    """what lam tends to online, in [0, 1]"""
-    nu: float | None = None
-    """penalty coefficient (nu); None: 0.1, 10 if the dataset's name contains "expert", AntMaze 0.5"""
-    nu_end: float = 0.005
-    """what nu tends to online"""
-    expectile: float | None = None
-    """expectile of the in-sample maximum (tau), in [0, 1]; None: 0.7, AntMaze 0.9"""
-    in_sample: Literal["iql", "xql", "sql"] = "iql"
-    """how V learns the in-sample maximum: expectile, Gumbel regression or sparse Q-learning (Table 3)"""
-    in_sample_temperature: float | None = None
-    """beta of xql, alpha of sql; None: xql 5, sql 2, with medium-expert data 5"""
-    inverse_temperature: float | None = None
-    """inverse temperature of the advantage weights (alpha); None: 3, AntMaze 10"""
-    max_weight: float | None = None
-    """upper clip of the advantage weights; None: 3, AntMaze 100"""
-    policy_frequency: int = 2
-    """critic updates per update of actor and targets"""
-    policy_noise: float = 0.2
-    """standard deviation of the target policy's smoothing noise, in units of the action range [-1, 1]"""
-    noise_clip: float = 0.5
-    """clip of the smoothing noise, same unit"""
-    exp_name: str = "dmg_finetune"
-    """name of the experiment, part of the run folder's name"""
-    # ---- shared by all scripts: run arguments ----
-    gamma: float = 0.99
-    """discount factor, in [0, 1]"""
-    target_update_rate: float = 0.005
-    """Polyak rate of the target networks (xi), in [0, 1]"""
-    batch_size: int = 256
-    """transitions per gradient step"""
-    learning_rate: float = 3e-4
-    """Adam's step size, before any decay"""
-    eval_frequency: int | None = None
-    """gradient steps between evaluations, each with a checkpoint; None: 20,000, AntMaze 50,000"""
-    eval_episodes: int | None = None
-    """whole episodes per evaluation; None: 10, AntMaze 100"""
-    seed: int = 0
-    """seed of networks, batches, noise and evaluation episodes"""
-    resume: str | None = None
-    """run folder to continue from its checkpoint, with that run's arguments"""
-    cuda: bool = True
-    """train on the GPU if there is one"""
-    cudagraphs: bool = True
-    """on a GPU, launch the whole update as one CUDA graph"""
-    compile: bool = False
-    """compile the update (on a CPU it needs a C++ compiler and is then 1.2 times as fast)"""
-    matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """of matrix products: high is float32 on a CPU, TF32 on a GPU; medium is faster on some AMD CPUs"""
-    torch_deterministic: bool = True
-    """use deterministic kernels, so that one seed gives the same bits again on the same machine"""
-    capture_video: bool = False
-    """film the first episode of each evaluation into the run folder (needs moviepy)"""
-    track: bool = False
-    """mirror the TensorBoard log to Weights & Biases (needs wandb)"""
-    wandb_project_name: str = "dmg"
-    """project of --track"""
-    wandb_entity: str | None = None
-    """team of --track"""
-    # ---- end of run arguments ----
+class Args:  # None stands for a default that depends on the dataset: see __post_init__
+    # ---- data: the same in all four scripts ----
+    env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
+    dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's file
+    normalize_states: bool | None = None  # subtract the dataset's mean, divide by its standard deviation
+    # ---- DMG, offline then online ----
+    offline_steps: int = 1_000_000  # updates on the dataset alone
+    online_steps: int = 1_000_000  # environment steps after that, each with an update
+    checkpoint: str | None = None  # run folder of a DMG agent to start from, with its arguments
+    from_scratch: bool = False  # TD3: no dataset, no offline steps, lam 1, nu 0
+    learning_starts: int | None = None  # first online steps, with uniform actions and without an update
+    exploration_noise: float = 0.1  # standard deviation of the noise on online actions in [-1, 1]
+    gamma_online: float | None = None  # discount factor online, in [0, 1]
+    lam_end: float = 0.5  # what lam tends to online, in [0, 1]
+    nu_end: float = 0.005  # what nu tends to online
+    lam: float = 0.25  # mixture coefficient (lambda), in [0, 1]: share of the target that may generalize
+    nu: float | None = None  # penalty coefficient (nu)
+    expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]
+    in_sample: Literal["iql", "xql", "sql"] = "iql"  # how V learns the in-sample maximum (Table 3)
+    in_sample_temperature: float | None = None  # beta of xql, alpha of sql
+    inverse_temperature: float | None = None  # inverse temperature of the advantage weights (alpha)
+    max_weight: float | None = None  # upper clip of the advantage weights, at least 1
+    policy_frequency: int = 2  # critic updates per update of actor and targets
+    policy_noise: float = 0.2  # standard deviation of the target policy's noise; actions are in [-1, 1]
+    noise_clip: float = 0.5  # clip of that noise
+    gamma: float = 0.99  # discount factor (gamma), in [0, 1]
+    target_update_rate: float = 0.005  # Polyak rate of the target networks (xi), in [0, 1]
+    batch_size: int = 256  # transitions per update
+    learning_rate: float = 3e-4  # Adam's; offline the actor's falls to 0 by a cosine
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    # ---- run: the same in all four scripts ----
+    eval_frequency: int | None = None  # updates between evaluations, each with a checkpoint
+    eval_episodes: int | None = None  # whole episodes per evaluation
+    seed: int = 0  # of networks, batches, noise and evaluation episodes
+    resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
+    cuda: bool = True  # train on the GPU if there is one
+    cudagraphs: bool = True  # on a GPU, launch the whole update as one CUDA graph
+    compile: bool = False  # torch.compile the update; on a CPU it needs a C++ compiler
+    torch_deterministic: bool = True  # deterministic kernels: one seed, the same bits on the same machine
+    capture_video: bool = False  # film the first episode of each evaluation (needs moviepy)
+    track: bool = False  # mirror the TensorBoard log to Weights & Biases (needs wandb)
+    wandb_project_name: str = "dmg"  # project of track
+    wandb_entity: str | None = None  # team of track
 
     def __post_init__(self):
-        """Fill in what depends on the dataset (App. C.1, Table 5). Raises InputError."""
-        name = Path(self.env_id).name + Path(self.dataset_path or "").name.replace("_", "-")
-        defaults = {"nu": 10.0 if "expert" in name else 0.1, "expectile": 0.7}
+        """Set what is None by the dataset (App. C.1, Table 5). Raises ValueError for what cannot work."""
+        names = f"{self.env_id} {Path(self.dataset_path or '').name}".lower()
+        expert = "expert" in re.findall("[a-z]+", names)
+        temperatures = {"iql": None, "xql": 5.0, "sql": 5.0 if expert else 2.0}
+        defaults = {"in_sample_temperature": temperatures[self.in_sample], "normalize_states": True}
+        defaults |= {"nu": 10.0 if expert else 0.1, "expectile": 0.7}
         defaults |= {"inverse_temperature": 3.0, "max_weight": 3.0}
         if is_antmaze(self):
-            defaults = {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0, "max_weight": 100.0}
-        temperatures = {"iql": None, "xql": 5.0, "sql": 5.0 if "medium-expert" in name else 2.0}
-        defaults["in_sample_temperature"] = temperatures[self.in_sample]
+            defaults |= {"normalize_states": False, "nu": 0.5, "expectile": 0.9}
+            defaults |= {"inverse_temperature": 10.0, "max_weight": 100.0}
+        large = is_antmaze(self) and "large" in self.env_id.lower()
+        defaults["gamma_online"] = 0.995 if large else self.gamma
         defaults["learning_starts"] = 25_000 if self.from_scratch else 0
-        defaults["gamma_online"] = 0.995 if "large" in name and is_antmaze(self) else self.gamma
         if self.from_scratch:
-            self.offline_steps = 0
-            self.lam, self.lam_end = 1.0, 1.0
-            self.nu, self.nu_end = 0.0, 0.0
-        complete(self, defaults)
+            if self.checkpoint or self.dataset_path:
+                raise ValueError("from_scratch reads no checkpoint and no dataset_path: give one of them")
+            self.offline_steps, self.lam, self.lam_end, self.nu, self.nu_end = 0, 1.0, 1.0, 0.0, 0.0
+        unit_interval = "lam", "lam_end", "expectile", "gamma_online"
+        from_one = "policy_frequency", "max_weight"
+        fill_and_check(self, defaults, from_one, unit_interval, needs_data=not self.from_scratch)
+        if 0 < self.online_steps <= self.learning_starts:
+            raise ValueError(
+                f"all {self.online_steps} online_steps are learning_starts: nothing would be learned"
+            )
 
 
-# ---- shared by all scripts: networks ----
-class Linear(nn.Module):
-    """nn.Linear, (B, n_in) -> (B, n_out), or two side by side, (2, B, n_in) -> (2, B, n_out)."""
+# ---- arguments: the same in all four scripts ----
+def is_antmaze(args):
+    return "antmaze" in re.findall("[a-z]+", args.env_id.lower())
 
-    def __init__(self, n_in, n_out, *nets):
+
+def is_environment(env_id):
+    return ":" in env_id or env_id in gym.registry  # gym.make imports the module of module:Env-v0
+
+
+def fill_and_check(args, defaults, from_one, unit_interval=(), needs_data=True):
+    """Set what is None. Raises ValueError for what cannot work: tyro shows it without a traceback."""
+    antmaze = is_antmaze(args)
+    defaults |= {"eval_frequency": 50_000 if antmaze else 20_000, "eval_episodes": 100 if antmaze else 10}
+    for name, value in vars(args).items():
+        value = defaults.get(name) if value is None else value
+        low = 1 if name in (*from_one, "batch_size", "eval_frequency", "eval_episodes") else 0
+        high = 1 if name in (*unit_interval, "gamma", "target_update_rate") else math.inf
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise ValueError(f"{name} must be in [{low}, {high}], not {value}")
+        setattr(args, name, value)
+    for file in (args.dataset_path, args.resume and f"{args.resume}/checkpoint.pt"):
+        if file and not Path(file).is_file():
+            raise ValueError(f"there is no file {file}")
+    if is_environment(args.env_id):
+        if needs_data and not args.dataset_path:
+            raise ValueError(f"{args.env_id} is an environment: give its data with --dataset-path")
+    elif "/" not in args.env_id and args.env_id not in (*D4RL_FILES, *minari.list_local_datasets()):
+        (nearest,) = difflib.get_close_matches(args.env_id, [*D4RL_FILES, *gym.registry], 1, 0)
+        raise ValueError(f"no D4RL name, Minari id or environment is {args.env_id}: is it {nearest}?")
+
+
+# ---- networks and optimizer: the same in all four scripts ----
+def mlp(n_in, n_out):
+    hidden = nn.Linear(n_in, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)
+    return nn.Sequential(*hidden, nn.Linear(256, n_out))
+
+
+class TwinCritic(nn.Module):
+    """Q1 and Q2: (B, state_dim), (B, action_dim) -> (2, B)."""
+
+    def __init__(self, state_dim, action_dim):
         super().__init__()
-        bound = n_in**-0.5  # nn.Linear's initialisation
-        self.weight = nn.Parameter(torch.empty(*nets, n_in, n_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(*nets, 1, n_out).uniform_(-bound, bound))
+        self.q1 = mlp(state_dim + action_dim, 1)
+        self.q2 = mlp(state_dim + action_dim, 1)
 
-    def forward(self, x):
-        if self.weight.shape[-1] == 1:  # the sum is faster than a product with one column
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        product = torch.baddbmm if x.ndim == 3 else torch.addmm  # faster than x @ weight + bias
-        return product(self.bias, x, self.weight)
-
-
-def mlp(n_in, n_out, *nets):
-    hidden = Linear(n_in, 256, *nets), nn.ReLU(True), Linear(256, 256, *nets), nn.ReLU(True)
-    return [*hidden, Linear(256, n_out, *nets)]
-
-
-class TwinCritic(nn.Sequential):
-    """Q1 and Q2, batched to halve the matrix products: (B, state_dim), (B, action_dim) -> (2, B)."""
-
-    # a LayerNorm in it needs parameters of shape (2, 1, 256): nn.LayerNorm(256) would be shared by Q1 and Q2
     def forward(self, s, a):
-        return super().forward(torch.cat([s, a], -1).expand(2, -1, -1)).squeeze(-1)
+        sa = torch.cat([s, a], -1)
+        return torch.stack([self.q1(sa), self.q2(sa)]).squeeze(-1)
 
 
-# ---- end of networks ----
-# ---- shared by DMG and IQL: value loss ----
+def adam(net, args):
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # filled by minimize
+    learning_rate = torch.tensor(args.learning_rate, device=parameter.device)  # a CUDA graph freezes numbers
+    return torch.optim.Adam(net.parameters(), learning_rate, fused=not args.compile, capturable=True)
+
+
+def minimize(loss, optimizer):
+    """One step on the optimizer's parameters alone: the other networks in the loss get no gradient."""
+    parameters = optimizer.param_groups[0]["params"]
+    gradients = torch.autograd.grad(loss, parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad.copy_(gradient)  # in place: compiled updates and CUDA graphs need it
+    optimizer.step()
+
+
+# ---- value loss: the same in iql.py ----
 def in_sample_value_loss(target_q, v, args):
     """Loss that draws V(s), (B,), to the maximum of Q'(s, a), (B,), over the dataset's actions (Eq. 15)."""
     u = target_q - v
     if args.in_sample == "iql":  # expectile
         return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
-    if args.in_sample == "xql":  # Gumbel regression, scaled by its largest term
+    if args.in_sample == "xql":  # Gumbel regression, clipped and scaled by its largest term as published
         z = (u / args.in_sample_temperature).clamp(max=7)
         return ((z.exp() - z - 1) * (-z.max().clamp(min=-1).detach()).exp()).mean()
     t = u / (2 * args.in_sample_temperature) + 1
     return (t.clamp(min=0).square() + v / args.in_sample_temperature).mean()
 
 
-# ---- end of value loss ----
-# ---- shared by the DMG scripts: agent, losses, update ----
+# ---- agent and update: the same in dmg_finetune.py ----
 class Agent(nn.Module):
-    """The networks of Algorithm 1, their optimizers, and the mean and std that normalise states."""
+    """The networks of Algorithm 1, their optimizers, and the mean and std that normalize states."""
 
-    def __init__(self, state_dim, action_dim, args):
+    def __init__(self, state_dim, action_dim, args, device="cpu"):
         super().__init__()
-        self.actor = nn.Sequential(*mlp(state_dim, action_dim), nn.Tanh())  # (B, state) -> (B, action)
-        self.critic = TwinCritic(*mlp(state_dim + action_dim, 1, 2))
-        self.value = nn.Sequential(*mlp(state_dim, 1), nn.Flatten(0))  # (B, state) -> (B,)
+        self.actor = nn.Sequential(mlp(state_dim, action_dim), nn.Tanh())  # (B, state) -> (B, action)
+        self.critic = TwinCritic(state_dim, action_dim)
+        self.value = nn.Sequential(mlp(state_dim, 1), nn.Flatten(0))  # (B, state) -> (B,)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(state_dim))
         self.register_buffer("std", torch.ones(state_dim))
-        self.actor_optimizer = Adam(self.actor, args.learning_rate)
-        self.critic_optimizer = Adam(self.critic, args.learning_rate)
-        self.value_optimizer = Adam(self.value, args.learning_rate)
+        self.to(device)
+        self.actor_optimizer = adam(self.actor, args)
+        self.critic_optimizer = adam(self.critic, args)
+        self.value_optimizer = adam(self.value, args)
+        self.optimizers = self.actor_optimizer, self.critic_optimizer, self.value_optimizer
 
-    def normalise(self, observations):
+    def normalize(self, observations):
         """Observations of the environment as the networks see them, both (n, state_dim)."""
         return (torch.as_tensor(observations).to(self.mean) - self.mean) / self.std
 
     @torch.no_grad()
     def act(self, observations):
         """Actions in [-1, 1], (n, action_dim), for observations of the environment, (n, state_dim)."""
-        return self.actor(self.normalise(observations)).cpu().numpy()
+        return self.actor(self.normalize(observations)).cpu().numpy()
 
 
 def update(agent, batch, noise, args, update_actor):
-    """One iteration of Algorithm 1. noise: (B, action_dim), standard normal. Returns detached scalars."""
+    """One iteration of Algorithm 1. noise: (B, action_dim), standard normal. Returns detached scalars.
+
+    On a GPU it is recorded once and replayed: a number of `args` that is to change must be a tensor.
+    """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
     # in-sample maximum (Eq. 15): V(s) tends to the largest Q'(s, a) over the dataset's actions
@@ -228,7 +233,7 @@ def update(agent, batch, noise, args, update_actor):
         target_q = agent.critic_target(s, a).amin(0)
     v = agent.value(s)
     value_loss = in_sample_value_loss(target_q, v, args)
-    agent.value_optimizer.minimise(value_loss)
+    minimize(value_loss, agent.value_optimizer)
 
     # critic (Eq. 16): a share lam of the target may generalize to the actor's action, the rest is in-sample
     with torch.no_grad():
@@ -239,35 +244,36 @@ def update(agent, batch, noise, args, update_actor):
         y = r + args.gamma * (1.0 - terminated) * (args.lam * mild_max + (1.0 - args.lam) * in_sample_max)
     q = agent.critic(s, a)
     critic_loss = (q - y).square().mean(1).sum()
-    agent.critic_optimizer.minimise(critic_loss)
+    minimize(critic_loss, agent.critic_optimizer)
 
     metrics = {"value_loss": value_loss, "critic_loss": critic_loss}
     metrics |= {"q_values": q.mean(), "v_values": v.mean()}
     if update_actor:
-        # actor (Eq. 14): maximise Q near dataset actions, nearer to those of high advantage
+        # actor (Eq. 14): maximize Q near dataset actions, nearer to those of high advantage
         pi = agent.actor(s)
         q_pi = agent.critic(s, pi).amin(0)
         with torch.no_grad():
             advantage = target_q - agent.value(s)  # V after its step, unlike v
             weight = (args.inverse_temperature * advantage).clamp(max=math.log(args.max_weight)).exp()
         penalty = (weight.unsqueeze(-1) * (pi - a).square()).mean()
-        actor_loss = -q_pi.mean() / q_pi.abs().mean().detach() + args.nu * penalty
-        agent.actor_optimizer.minimise(actor_loss)
+        q_scale = q_pi.abs().mean().detach()  # as in TD3+BC
+        actor_loss = -q_pi.mean() / q_scale + args.nu * penalty
+        minimize(actor_loss, agent.actor_optimizer)
 
         # target networks
         with torch.no_grad():
             for net, target in ((agent.critic, agent.critic_target), (agent.actor, agent.actor_target)):
-                torch._foreach_lerp_([*target.parameters()], [*net.parameters()], args.target_update_rate)
+                for parameter, target_parameter in zip(net.parameters(), target.parameters(), strict=True):
+                    target_parameter.lerp_(parameter, args.target_update_rate)
         metrics |= {"actor_loss": actor_loss, "advantage_weight": weight.mean()}
     return {name: value.detach() for name, value in metrics.items()}
 
 
-# ---- end of agent, losses, update ----
+# ---- schedules ----
 def actor_learning_rate(step, args):
-    """Cosine from learning_rate to 0 over all offline actor updates (Table 5), constant online."""
-    updates_done = step // args.policy_frequency - 1
-    all_updates = max(args.offline_steps // args.policy_frequency, 1)
-    progress = min(updates_done / all_updates, 1.0) if step <= args.offline_steps else 0.0
+    """Cosine from learning_rate to 0 over the offline actor updates (Table 5), constant online."""
+    updates, all_updates = step // args.policy_frequency - 1, args.offline_steps // args.policy_frequency
+    progress = updates / all_updates if step <= args.offline_steps else 0.0
     return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -279,77 +285,19 @@ def online_schedule(t, args):
     return {"lam": lam, "nu": nu, "gamma": args.gamma_online}
 
 
-# ---- shared by the online scripts: replay ----
-class Replay:
-    """The dataset's rows and, behind them, every online transition in the order of time."""
-
-    def __init__(self, dataset, env, agent, args):
-        self.env = env
-        self.agent = agent
-        self.args = args
-        self.first = self.size = len(dataset.rewards)
-        room = [x.new_empty(args.online_steps, *x.shape[1:]) for x in dataset]
-        device = agent.mean.device
-        self.rows = Batch(*(torch.cat(parts).to(device) for parts in zip(dataset, room, strict=True)))
-        self.ends, self.returns = [], []  # of the online episodes: how many online rows then, their return
-        env.action_space.seed(args.seed)
-        self.begin_episode()
-
-    def begin_episode(self):
-        """Reset with a seed of the episode's own, far from evaluation's."""
-        seed = 10_000_000 * (self.args.seed + 1) + len(self.ends)
-        self.observation, _ = self.env.reset(seed=seed)
-        self.total_reward = 0.0
-
-    def step(self, action):
-        """Add one transition, action: (action_dim,). A timeout is not terminal. AntMaze: reward 0 or -1."""
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        s, next_s = self.agent.normalise(np.stack([self.observation, observation]))
-        row = s, torch.as_tensor(action), reward - is_antmaze(self.args), next_s, terminated
-        for column, x in zip(self.rows, row, strict=True):
-            column[self.size] = x
-        self.size += 1
-        self.observation = observation
-        self.total_reward += float(reward)
-        if terminated or truncated:
-            self.ends.append(self.size - self.first)
-            self.returns.append(self.total_reward)
-            self.begin_episode()
-
-    def state(self):
-        rows = [x[self.first : self.size].cpu().clone() for x in self.rows]
-        return {"rows": rows, "ends": self.ends, "returns": self.returns}
-
-    def restore(self, state):
-        """Keep every saved transition. The episode that was not finished ends where it was saved."""
-        self.size = self.first + len(state["rows"][0])
-        for column, x in zip(self.rows, state["rows"], strict=True):
-            column[self.first : self.size] = x
-        self.ends, self.returns = state["ends"], state["returns"]
-        if self.size - self.first > (self.ends or [0])[-1]:
-            self.ends.append(self.size - self.first)
-            self.returns.append(math.nan)
-        self.begin_episode()
-
-
-# ---- end of replay ----
-# ---- shared by all scripts: data ----
-# arguments, some of other scripts: those in [0, 1], and those of at least 1
-UNIT_INTERVAL = "lam", "lam_end", "expectile", "gamma", "gamma_online", "target_update_rate"
-FROM_ONE = "gradient_steps", "batch_size", "policy_frequency", "eval_frequency", "eval_episodes", "max_weight"
-COLUMNS = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
+# ---- data: the same in all four scripts ----
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
 D4RL_ROBOTS = {  # environment, return of a random and of an expert policy
-    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
-    "hopper": ("Hopper-v4", -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
+    "halfcheetah": (half_cheetah_v4.HalfCheetahEnv, -280.178953, 12135.0),
+    "hopper": (hopper_v4.HopperEnv, -20.272305, 3234.3),
+    "walker2d": (walker2d_v4.Walker2dEnv, 1.629008, 4592.3),
 }
-D4RL_MAZES = {  # cell of the goal in metres, map of 4 m cells without the wall around it
+D4RL_MAZES = {  # corner of the goal's area in metres, map of 4 m cells without the wall around it
     "umaze": ((0, 8), "... ##. ..."),
     "medium": ((20, 20), "..##.. ..#... #...## ..#... .#..#. ...#.."),
     "large": ((32, 24), "....#..... .##.#.#.#. ......#... .####.###. ..#.#..... #.#.#.#.## ..#...#..."),
 }
-# the first 8 digits of the sha256 of their files, from tensorflow_datasets
+# each name with the first 8 digits of its file's sha256, from tensorflow_datasets
 D4RL_HASHES = """
     halfcheetah-random-v2:25407aef halfcheetah-medium-v2:41324e84 halfcheetah-medium-replay-v2:48d494a4
     halfcheetah-medium-expert-v2:015db75d halfcheetah-full-replay-v2:27fdf7ea halfcheetah-expert-v2:d9fe53bb
@@ -360,202 +308,122 @@ D4RL_HASHES = """
     antmaze-umaze-v2:5ef15257 antmaze-umaze-diverse-v2:c771dd63 antmaze-medium-play-v2:c9fec1c1
     antmaze-medium-diverse-v2:ad9dcbac antmaze-large-play-v2:6d353df2 antmaze-large-diverse-v2:84f775eb
 """
-D4RL_SHA256 = dict(entry.split(":") for entry in D4RL_HASHES.split())
+D4RL_FILES = dict(entry.split(":") for entry in D4RL_HASHES.split())
 
 
-class Batch(NamedTuple):
-    """Transitions as float32 tensors: states as the networks see them, actions in [-1, 1]."""
-
-    observations: torch.Tensor  # (B, state_dim)
-    actions: torch.Tensor  # (B, action_dim)
-    rewards: torch.Tensor  # (B,)
-    next_observations: torch.Tensor  # (B, state_dim)
-    terminated: torch.Tensor  # (B,), 1 where the episode ended for good; a timeout is 0
-
-
-class InputError(ValueError):
-    """Wrong input: the user sees its sentence and no traceback."""
-
-
-def is_antmaze(args):
-    return "antmaze" in args.env_id.lower()
-
-
-def complete(args, defaults):
-    """Set each argument that is None to its default and check the ranges. Raises InputError."""
-    antmaze = is_antmaze(args)
-    defaults.setdefault("normalize_states", not antmaze)
-    defaults["eval_frequency"] = 50_000 if antmaze else 20_000
-    defaults["eval_episodes"] = 100 if antmaze else 10
-    for name, value in vars(args).items():
-        value = defaults.get(name) if value is None else value
-        low = 1 if name in FROM_ONE else 0
-        high = 1 if name in UNIT_INTERVAL else math.inf
-        if isinstance(value, int | float) and not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} must be in [{low}, {high}], not {value}")
-        setattr(args, name, value)
-    if args.dataset_path:
-        args.dataset_path = str(Path(args.dataset_path).expanduser().resolve())
-
-
-def download_d4rl(env_id):
-    """Path of a D4RL v2 name's file in D4RL's cache folder, downloaded once. Raises InputError."""
-    file = f"gym_mujoco_v2/{env_id[:-3].replace('-', '_')}-v2.hdf5"
-    if env_id.startswith("antmaze"):
-        maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[env_id.split("-")[1]]
-        starts = env_id != "antmaze-umaze-v2"
-        goals = "diverse" in env_id
+def download_d4rl(name):
+    """Path of the file of a D4RL v2 name in D4RL's cache folder, downloaded once."""
+    file = f"gym_mujoco_v2/{name[:-3].replace('-', '_')}-v2.hdf5"
+    if name.startswith("antmaze"):
+        maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[name.split("-")[1]]
+        starts, goals = name != "antmaze-umaze-v2", "diverse" in name
         file = f"ant_maze_v2/Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
     path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / Path(file).name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:  # under a temporary name until it is whole and its sha256 is right
-            torch.hub.download_url_to_file(D4RL_URL + file, path, D4RL_SHA256[env_id])
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot download {D4RL_URL + file} ({error}): put it at {path}") from error
-    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(D4RL_SHA256[env_id]):
-        raise InputError(f"{path} is not D4RL's file, its sha256 differs: delete it")
+        try:  # all of it or nothing
+            torch.hub.download_url_to_file(D4RL_URL + file, path, D4RL_FILES[name])
+        except OSError as error:
+            raise ValueError(f"cannot download {D4RL_URL + file} ({error}): put it at {path}") from None
     return path
 
 
-def read_hdf5(path, env):
-    """The COLUMNS of a file in D4RL's schema, and which rows are transitions, (N,). Raises InputError."""
-    try:
-        with h5py.File(path) as file:
-            names = COLUMNS if COLUMNS[5] in file else COLUMNS[:5]
-            columns = [file[name].astype(np.float32)[:] for name in names]
-    except (OSError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({error}): it needs {', '.join(COLUMNS[:5])}") from error
-    s, a, r, terminals, timeouts, *stored = check_columns(path, columns, env)
-    # as in d4rl.qlearning_dataset next observations are the next row's; the file's own are only compared
-    next_s = np.roll(s, -1, 0)
-    kept = timeouts == 0
-    kept[-1:] = False
-    if not timeouts.any():
-        advice = "set timeouts to 1 in the last row of each episode that a time limit ended"
-        print(f"Warning: {path} marks no timeouts, so rows of two episodes may be joined: {advice}")
-    if stored:
-        differs = (np.abs(stored[0] - next_s) > 1e-4).any(1) & kept & (terminals == 0)
-        if 2 * differs.sum() > kept.sum():
-            raise InputError(f"{path} is not in time order: next_observations are not the next rows'")
-        if differs.any():
-            print(f"Warning: {path} has {differs.sum():,} next_observations that are not the next row's")
-    return (s, a, r, terminals, timeouts, next_s), kept
+def read_hdf5(path):
+    """s, a, r, next_s, terminated of a file in D4RL's schema, without rows at a timeout, as d4rl has them."""
+    with h5py.File(path) as file:
+        s, a, r, terminals = (file[name][:] for name in ("observations", "actions", "rewards", "terminals"))
+        timeouts = file["timeouts"][:] if "timeouts" in file else np.zeros(len(s))
+        next_s = file["next_observations"][:] if "next_observations" in file else None
+    kept = timeouts.reshape(-1) == 0
+    if next_s is None:
+        next_s = np.roll(s, -1, 0)  # the next row's: not at a timeout, where it is of another episode
+        kept[-1:] = False
+        if not timeouts.any() and not terminals.all():
+            print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
+    lost = ((terminals == 1) | (r == 1)).reshape(-1)[~kept].sum()
+    if lost:
+        advice = "to keep a terminal row, clear its timeout and let a row follow"
+        print(f"Warning: {path}: as in d4rl, {lost} rows with a terminal or reward 1 are dropped: {advice}")
+    return [x[kept] for x in (s, a, r, next_s, terminals)]
 
 
+@functools.cache  # opened once
 def open_minari(env_id):
-    """A Minari dataset, from datasets/ beside this file, the disk or the network. Raises InputError."""
-    folder = Path(globals().get("__file__", "")).resolve().parent / f"datasets/{env_id}/data"
-    if env_id.startswith("dmg/") and not folder.exists():
-        raise InputError(f"{env_id} is in the folder datasets/ of the repository: clone it, or give --env-id")
-    if env_id in gym.registry:
-        raise InputError(f"{env_id} is an environment: add --dataset-path")
-    if not folder.exists():
-        folder = minari.storage.local.get_dataset_path(env_id) / "data"
-    try:
-        if not folder.exists() and "/" in env_id:
-            minari.download_dataset(env_id)
-        metadata = json.loads((folder / "metadata.json").read_text())
-        if not {"observation_space", "action_space"} <= metadata.keys():
-            raise ValueError("it does not say its spaces")  # Minari would import what it names to find them
-        source = minari.MinariDataset(folder)
-    except Exception as error:  # of the network, the server or the files: they have no common class
-        known = f"a D4RL name ({', '.join(D4RL_SHA256)}) or a Minari id like mujoco/hopper/medium-v0"
-        advice = f"give {known}; if a download was interrupted, delete {folder.parent}"
-        raise InputError(f"cannot load {env_id} ({type(error).__name__}: {error}): {advice}") from error
-    spec = source._eval_env_spec or source.env_spec
-    if spec is None:
-        raise InputError(f"{env_id} has no environment to evaluate in")
+    """A Minari dataset, downloaded once. Raises ValueError if its environment cannot be made."""
+    dataset = minari.load_dataset(env_id, download=True)
+    spec = dataset._eval_env_spec or dataset.env_spec
+    if spec is None or len(dataset) == 0:
+        raise ValueError(f"{env_id} has no environment to evaluate in, or no episodes")
     if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
-    registered = gym.registry.get(spec.id)
-    if registered is None or registered.entry_point != spec.entry_point:
-        raise InputError(f"{env_id} needs {spec.id} ({spec.entry_point}): register it in this file")
-    spec.kwargs.pop("render_mode", None)
-    recorders = ":Monitor", ":RecordEpisodeStatistics", ":RecordVideo"
-    wrappers = [x for x in spec.additional_wrappers if not x.entry_point.endswith(recorders)]
-    for wrapper in wrappers:
-        code = wrapper.entry_point
-        if ":Normalize" in code or not code.startswith("gymnasium.wrappers."):
-            raise InputError(f"{env_id} has no code or statistics for {code}: record it without")
-    spec.additional_wrappers = tuple(wrappers)
-    return source
+    recorders = "Monitor", "RecordEpisodeStatistics", "RecordVideo"  # they change nothing
+    spec.additional_wrappers = tuple(x for x in spec.additional_wrappers if x.name not in recorders)
+    # the dataset names code: only registered environments and Gymnasium's wrappers without a memory may run
+    allowed = [environment.entry_point for environment in gym.registry.values()]
+    for part in (spec, *spec.additional_wrappers):
+        stateless = re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", part.entry_point)
+        if part.entry_point not in allowed and not stateless:
+            raise ValueError(
+                f"{env_id} needs {part.entry_point}, which is not registered or keeps statistics"
+            )
+    return dataset
 
 
-def read_minari(env_id, env):
-    """The COLUMNS of a Minari dataset, and that all rows are transitions, (N,). Raises InputError."""
-    source = open_minari(env_id)
+def read_minari(env_id):
+    """s, a, r, next_s, terminated of a Minari dataset, its observations as vectors."""
+    dataset = open_minari(env_id)
+    space = dataset.observation_space
     episodes = []
-    space = env.env.env.observation_space  # without our RescaleAction and FlattenObservation
-    try:
-        for x in source:
-            observations = gym.vector.utils.iterate(space, x.observations)
-            s = np.stack([gym.spaces.flatten(space, observation) for observation in observations])
-            episodes.append((s[:-1], x.actions, x.rewards, x.terminations, x.truncations, s[1:]))
-    except (OSError, KeyError) as error:
-        folder = source.storage.data_path.parent
-        raise InputError(f"{env_id} is incomplete ({error}): delete {folder} and try again") from error
-    columns = [np.concatenate(x, dtype=np.float32) for x in zip(*episodes, strict=True)]
-    return check_columns(env_id, columns, env), np.ones(len(columns[0]), bool)
-
-
-def check_columns(name, columns, env):
-    """The columns with the shapes of `env`, rewards, terminals and timeouts (N,). Raises InputError."""
-    rows = len(columns[0])
-    state, action = env.observation_space.shape, env.action_space.shape
-    widths = state, action, (), (), (), state
-    for k, x in enumerate(columns):
-        shape = (rows, *widths[k])
-        if len(x) != rows or x.size != math.prod(shape):
-            raise InputError(f"{name} has {COLUMNS[k]} of shape {x.shape}, not {shape}")
-        if not np.isfinite(x).all():
-            advice = "remove each such row and mark the row before it as a timeout"
-            raise InputError(f"{name} has NaN or infinite {COLUMNS[k]}: {advice}")
-        columns[k] = x.reshape(shape)
-    if not np.isin(columns[3:5], (0, 1)).all():
-        raise InputError(f"{name} has terminals or timeouts other than 0 and 1")
-    return columns
+    for episode in dataset:
+        observations = gym.vector.utils.iterate(space, episode.observations)
+        s = np.stack([gym.spaces.flatten(space, x) for x in observations])
+        episodes.append((s[:-1], episode.actions, episode.rewards, s[1:], episode.terminations))
+    return [np.concatenate(column) for column in zip(*episodes, strict=True)]
 
 
 def load_dataset(args):
-    """The dataset as a Batch, and the mean and std that normalised its states. Raises InputError."""
-    env = make_env(args)
-    box = env.env.action_space  # without our RescaleAction: the bounds of the dataset
+    """s, a, r, next_s, terminated of all transitions, float32: states as recorded, actions in [-1, 1]."""
     name = args.dataset_path or args.env_id
-    if args.dataset_path or name in D4RL_SHA256:
-        columns, kept = read_hdf5(args.dataset_path or download_d4rl(name), env)
+    # five arrays of your own can stand here: s, a, r, next_s, terminated
+    if args.dataset_path or name in D4RL_FILES:
+        columns = read_hdf5(args.dataset_path or download_d4rl(name))
     else:
-        columns, kept = read_minari(name, env)
-    s, a, r, terminated, timeouts, next_s = columns
-    if not kept.any():
-        raise InputError(f"{name} has no transition")
+        columns = read_minari(name)
+
+    # what would train, but on garbage, is refused; reshape refuses columns of other lengths or widths
+    env = make_raw_env(args)
+    box = env.action_space
+    state_dim = gym.spaces.flatdim(env.observation_space)
+    rows, *shape = columns[0].shape
+    if rows == 0 or math.prod(shape) != state_dim:
+        raise ValueError(
+            f"{name} has {rows} observations of {shape}, its environment {env.observation_space}"
+        )
+    shapes = (state_dim,), box.shape, (), (state_dim,), ()
+    columns = [np.float32(x).reshape(rows, *shape) for x, shape in zip(columns, shapes, strict=True)]
+    s, a, r, next_s, terminated = columns
+    next_s[terminated == 1] = 0  # not used, often NaN
+    if not all(np.isfinite(x).all() for x in columns):
+        raise ValueError(f"{name} has numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
-    if np.abs(a).max() > 1 + 1e-3:
-        raise InputError(f"{name} has actions outside the environment's {box.low} to {box.high}")
+    if not 0.01 < np.abs(a).max() < 1.001:
+        raise ValueError(f"{name} has actions that do not fit the environment's {box.low} to {box.high}")
     if is_antmaze(args):
-        if not np.isin(r, (0, 1)).all():
-            raise InputError(f"{name} has AntMaze rewards that are not 1 at the goal and 0 elsewhere")
-        terminated = r  # a recorded episode goes on after its goal
+        terminated = r  # 1 at the goal, where D4RL's recorded episodes do not end
         r = r - 1  # 0 at the goal, -1 elsewhere
-    s, a, r, next_s, terminated = (torch.from_numpy(x[kept]).float() for x in (s, a, r, next_s, terminated))
-    ends = f"{terminated.sum():,.0f} terminals, {timeouts.sum():,.0f} timeouts"
-    print(f"{name}: {len(r):,} transitions, {ends}, mean reward {r.mean():.3f}")
-    std, mean = torch.std_mean(s.double(), 0, correction=0)
-    mean = mean.float()
-    std = (std + 1e-3).float()
-    if not args.normalize_states:
-        mean, std = torch.zeros_like(mean), torch.ones_like(std)
-    return Batch((s - mean) / std, a, r, (next_s - mean) / std, terminated), mean, std
+    if not np.isin(terminated, (0, 1)).all():
+        raise ValueError(f"{name} has terminals, or rewards of AntMaze, other than 0 and 1")
+    print(f"{name}: {rows:,} transitions, {terminated.sum():,.0f} terminal, mean reward {r.mean():.3f}")
+    return [torch.from_numpy(x) for x in (s, a, r, next_s, terminated)]
 
 
-# ---- end of data ----
-# ---- shared by all scripts: environments ----
+# ---- environments: the same in all four scripts ----
 def legacy_inertia(env):
-    """Give the robot of `env` MuJoCo 2.1.0's masses and inertias: else D4RL's agents fall."""
+    """Give the robot of `env` the inertia of its capsules before MuJoCo 2.1.2: else D4RL's agents fall."""
     spec = mujoco.MjSpec.from_file(env.fullpath)
     stock = spec.compile()  # gives the geoms their ids
     for geom in spec.geoms:
-        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # it weighed as much as a longer cylinder
+        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # was a cylinder, longer by its radius (changelog)
             radius, half_length, _ = stock.geom_size[geom.id]
             geom.type, geom.size = mujoco.mjtGeom.mjGEOM_CYLINDER, [radius, half_length + radius / 2, 0]
             geom.pos, geom.quat, geom.fromto[:] = stock.geom_pos[geom.id], stock.geom_quat[geom.id], np.nan
@@ -565,18 +433,13 @@ def legacy_inertia(env):
     mujoco.mj_setConst(env.model, mujoco.MjData(env.model))
 
 
-class D4RLAntMaze(AntEnv):
-    """D4RL's antmaze-*-v2: observation qpos (15) and qvel (14), reward 1 and end within 0.5 of the goal.
-
-    Gymnasium's ant with D4RL's mazes, time step, contacts, torque, frame (the start cell is the origin, +y
-    runs down the map), reset and goal noise (d4rl/locomotion/*.py).
-    """
+class D4RLAntMaze(ant_v5.AntEnv):
+    """D4RL's antmaze-*-v2 (d4rl/locomotion/*.py). The start cell is the origin, +y runs down the map."""
 
     def __init__(self, size, **options):
-        self.goal_cell, self.map = D4RL_MAZES[size]
+        self.goal_corner, self.map = D4RL_MAZES[size]
         seen = {"exclude_current_positions_from_observation": False, "include_cfrc_ext_in_observation": False}
         super().__init__(**seen, **options)
-        legacy_inertia(self)
 
     def _initialize_simulation(self):
         spec = mujoco.MjSpec.from_file(self.fullpath)
@@ -591,7 +454,8 @@ class D4RLAntMaze(AntEnv):
         return model, mujoco.MjData(model)
 
     def reset_model(self):
-        self.goal = self.goal_cell + self.np_random.uniform(0, 1, 2) + self.np_random.uniform(0, 0.5, 2)
+        place, noise = self.np_random.uniform(0, 1, 2), self.np_random.uniform(0, 0.5, 2)  # as D4RL draws it
+        self.goal = self.goal_corner + place + noise
         return super().reset_model()
 
     def step(self, action):
@@ -600,45 +464,36 @@ class D4RLAntMaze(AntEnv):
         return self.state_vector(), float(reached), reached, False, {}
 
 
-def make_env(args, **options):
-    """The evaluation environment, with vector observations and actions in [-1, 1]. Raises InputError."""
+def make_raw_env(args, **options):
+    """The evaluation environment with the spaces that the dataset has."""
     mujoco.set_mju_user_warning(warnings.warn)  # not into the file MUJOCO_LOG.TXT
     warnings.filterwarnings("ignore", ".*settotalmass")  # of HalfCheetah's XML
-    name = args.env_id
-    if is_antmaze(args) and name not in D4RL_SHA256:
-        import gymnasium_robotics  # noqa: F401  registers AntMaze
-
+    if args.env_id in D4RL_FILES:
+        robot, task = args.env_id.split("-")[:2]
+        env = D4RLAntMaze(task, **options) if robot == "antmaze" else D4RL_ROBOTS[robot][0](**options)
+        legacy_inertia(env)
+        return TimeLimit(env, 700 if task == "umaze" else 1000)
+    if is_antmaze(args):
         options["continuing_task"] = False  # an episode ends at the goal
-    try:
-        if name in D4RL_SHA256 and is_antmaze(args):
-            size = name.split("-")[1]
-            env = TimeLimit(D4RLAntMaze(size, **options), 700 if size == "umaze" else 1000)
-        elif name in D4RL_SHA256:
-            with warnings.catch_warnings(action="ignore"):  # -v4 and its XML are out of date on purpose
-                env = gym.make(D4RL_ROBOTS[name.split("-")[0]][0], **options)
-                legacy_inertia(env.unwrapped)
-        elif args.dataset_path or name in gym.registry:
-            env = gym.make(name, **options)
-        else:
-            env = open_minari(name).recover_environment(eval_env=True, **options)
-    except (gym.error.Error, ImportError) as error:
-        raise InputError(f"cannot make the environment of {name}: {error}") from error
-    if name not in D4RL_SHA256 and env.spec.max_episode_steps is None:
-        warnings.warn(f"{name} has no time limit: episodes end after 1000 steps", stacklevel=1)
-        env = TimeLimit(env, 1000)
-    space, box = env.observation_space, env.action_space
-    if not isinstance(box, gym.spaces.Box) or len(box.shape) != 1 or not box.is_bounded():
-        raise InputError(f"{name} has actions of {box}; only a Box of one dimension with bounds works")
-    if re.search(r"(Discrete|Binary|Text|Sequence|Graph|OneOf)\(", str(space)):
-        raise InputError(f"{name} has observations of {space}; only Box, and Dict or Tuple of Box, work")
-    return RescaleAction(FlattenObservation(env), np.float32(-1), np.float32(1))
+    if is_environment(args.env_id):
+        env = gym.make(args.env_id, **options)
+    else:
+        options = {"render_mode": None} | options  # not the recorded one
+        env = open_minari(args.env_id).recover_environment(eval_env=True, **options)
+    limited = getattr(env.spec, "max_episode_steps", None)
+    return env if limited else TimeLimit(env, 1000)
 
 
-# ---- end of environments ----
-# ---- shared by all scripts: evaluation and run folder ----
-EVAL_HEADER = "step,return_mean,return_std,normalized_score,length_mean,episodes,wall_seconds"
+def make_env(args, **options):
+    """The same with vector observations and actions in [-1, 1]."""
+    env = FlattenObservation(make_raw_env(args, **options))
+    box = env.action_space
+    if box.dtype.kind != "f" or not (box.low < box.high).all():
+        raise ValueError(f"{args.env_id} has actions of {box}: only floats between two bounds work")
+    return RescaleAction(env, np.float32(-1), np.float32(1))
 
 
+# ---- evaluation: the same in all four scripts ----
 def evaluate(act, envs, seed):
     """Returns and lengths, (n,) each, of a whole episode in each of n envs, the k-th reset with seed + k."""
     returns, lengths = np.zeros((2, len(envs)))
@@ -656,248 +511,267 @@ def evaluate(act, envs, seed):
 
 
 def normalized_score(args, mean_return):
-    """100 (R - random) / (expert - random), AntMaze: percent of successes; None without references."""
+    """100 (R - random) / (expert - random), AntMaze: percent of successes; NaN without references."""
+    random = expert = math.nan
     if is_antmaze(args):
-        return 100 * mean_return
-    if args.env_id in D4RL_SHA256:
+        random, expert = 0.0, 1.0
+    elif args.env_id in D4RL_FILES:
         _, random, expert = D4RL_ROBOTS[args.env_id.split("-")[0]]
-    elif args.dataset_path or args.env_id in gym.registry:
-        return None
-    else:
+    elif not is_environment(args.env_id):
         metadata = open_minari(args.env_id).storage.metadata
-        random, expert = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return None if random is None or expert is None else 100 * (mean_return - random) / (expert - random)
+        random, expert = metadata.get("ref_min_score", math.nan), metadata.get("ref_max_score", math.nan)
+    return 100 * (mean_return - random) / (expert - random)
 
 
 def read_args(folder):
-    """The arguments of a run of this script. Raises InputError."""
-    try:
-        saved = json.loads(Path(folder, "args.json").read_text())
-        Path(folder, "checkpoint.pt").stat()  # raises OSError: killed before the first one
-        return Args(**{name: saved[name] for name in vars(Args())})
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{folder} is no run of this script: {error}") from error
+    """The arguments of the run in `folder`."""
+    saved = json.loads(Path(folder, "args.json").read_text())
+    return Args(**{name: saved[name] for name in vars(Args()) if name in saved})
 
 
-def set_up(args):
-    """Print the arguments that are set and prepare torch; returns the device."""
-    for name, value in vars(args).items():
-        if value is not None and (args.track or not name.startswith("wandb")):
-            print(f"{name:24}{value}")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory here
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 1))  # more stall on a busy CPU
-    torch.manual_seed(args.seed)
-    if not args.cuda or not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default one
-    return torch.device("cuda")
+def checkpoint_args(folder):
+    """The arguments of the DMG run in `folder`, whose agent has done all offline steps."""
+    saved = json.loads(Path(folder, "args.json").read_text())
+    steps = torch.load(f"{folder}/checkpoint.pt", map_location="cpu")["step"]
+    known = {name: saved[name] for name in vars(Args()) if name in saved and name != "exp_name"}
+    return Args(**known | {"checkpoint": folder, "offline_steps": steps, "resume": None})
 
 
-def open_run(args, first):
-    """The run folder, new or resumed before step `first`, with args.json in it, and its TensorBoard log."""
-    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    folder = Path(args.resume or f"runs/{name}")
-    folder.mkdir(parents=True, exist_ok=bool(args.resume))
-    versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
-    record = vars(args) | {"resume": None, "versions": versions}
-    (folder / "args.json").write_text(json.dumps(record, indent=2))
-    if args.track:
-        import wandb
+# ---- speed: the same in all four scripts ----
+def accelerate(agent, args):
+    """update as a function of (batch, noise, update_actor), compiled and, on a GPU, as CUDA graphs."""
 
-        names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
-        wandb.init(**names, id=folder.name, resume="allow", config=record, sync_tensorboard=True)
-    return folder, SummaryWriter(folder, purge_step=first)  # hides what a killed run logged from there on
+    def learn(batch, noise, update_actor):
+        return update(agent, batch, noise, args, update_actor)
 
-
-# ---- end of evaluation and run folder ----
-def offline_args(folder):
-    """The arguments of a run of dmg_offline.py that this script has too. Raises InputError."""
-    try:
-        saved = json.loads(Path(folder, "args.json").read_text())
-        offline_steps = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["step"]
-    except OSError as error:
-        raise InputError(f"{folder} is no run of dmg_offline.py: {error}") from error
-    names = vars(Args()).keys() & saved.keys() - {"exp_name"}
-    return Args(**{name: saved[name] for name in names}, checkpoint=folder, offline_steps=offline_steps)
-
-
-# ---- shared by all scripts: speed ----
-class Adam(nn.Module):
-    """torch.optim.Adam as a function: the class cannot be part of a compiled update."""
-
-    def __init__(self, net, learning_rate):
-        super().__init__()
-        self.net_parameters = list(net.parameters())
-        # running means of the gradients (m) and of their squares (v)
-        self.m = nn.ParameterList(map(torch.zeros_like, self.net_parameters)).requires_grad_(False)
-        self.v = copy.deepcopy(self.m)
-        self.steps = nn.ParameterList(torch.zeros(()) for _ in self.m).requires_grad_(False)
-        # not in the checkpoint: it is an argument, which --resume may change
-        self.register_buffer("learning_rate", torch.tensor(learning_rate), persistent=False)
-
-    @torch.no_grad()
-    def minimise(self, loss):
-        """One step on the parameters of `net` alone: the other networks in the loss get no gradient."""
-        gradients = torch.autograd.grad(loss, self.net_parameters)
-        state = list(self.m), list(self.v), [], list(self.steps)  # [] would be amsgrad's
-        options = {"lr": self.learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
-        options |= {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
-        compiling = torch.compiler.is_compiling()  # the compiler makes its own kernel
-        options |= {"fused": not compiling, "capturable": compiling}
-        adam(self.net_parameters, gradients, *state, **options)
-
-
-def accelerate(step, args, device):
-    """step(update_actor), which changes tensors in place, compiled and, on a GPU, as a CUDA graph."""
-    if sys.platform == "linux":  # keep what a step frees: 15 % faster
-        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
     if args.compile:
-        whole = hasattr(torch._dynamo.config, "trace_autograd_ops")  # else torch.autograd.grad splits it
-        if whole:
-            torch._dynamo.config.trace_autograd_ops = True
-        step = torch.compile(step, fullgraph=whole, options={"cpp_wrapper": device.type == "cpu"})
-    if device.type != "cuda" or not args.cudagraphs:
-        return step
-    calls = [0, 0]
+        for optimizer in agent.optimizers:  # whose step has decorators that would split the compiled update
+            step = inspect.unwrap(type(optimizer).step)
+            optimizer.step = torch.no_grad()(functools.partial(step, optimizer))
+        torch._dynamo.config.trace_autograd_ops = True  # takes torch.autograd.grad in
+        learn = torch.compile(learn, fullgraph=True)
+    if agent.mean.device.type != "cuda" or not args.cudagraphs:
+        return learn
+    calls = 0
     graphs = {}
 
-    def launch(update_actor):
-        calls[update_actor] += 1
-        if calls[update_actor] < 4:  # warm up the libraries
-            return step(update_actor)
+    def replay(batch, noise, update_actor):
+        nonlocal calls
+        calls += 1
+        if calls < 10:  # warms up the libraries
+            return learn(batch, noise, update_actor)
         if update_actor not in graphs:
+            inputs = [x.clone() for x in (*batch, noise)]
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                metrics = step(update_actor)  # recorded, not run
-            graphs[update_actor] = graph, metrics
-        graph, metrics = graphs[update_actor]
+                metrics = learn(inputs[:-1], inputs[-1], update_actor)  # recorded, not run
+            graphs[update_actor] = graph, inputs, metrics
+        graph, inputs, metrics = graphs[update_actor]
+        torch._foreach_copy_(inputs, [*batch, noise])
         graph.replay()
         return metrics
 
-    return launch
+    return replay
 
 
-# ---- end of speed ----
+# ---- replay: the same in dmg_finetune.py and iql.py ----
+class Replay:
+    """The dataset's rows and, behind them, every online transition in the order of time."""
+
+    def __init__(self, dataset, env, agent, args):
+        self.env = env
+        self.agent = agent
+        self.args = args
+        self.first = self.size = len(dataset[0])
+        room = [x.new_empty(args.online_steps, *x.shape[1:]) for x in dataset]
+        self.rows = [torch.cat(parts).to(agent.mean.device) for parts in zip(dataset, room, strict=True)]
+        self.ends = []  # of the online episodes: how many online rows there were
+        self.last_return = math.nan  # of the last whole online episode
+        self.begin_episode()
+
+    def begin_episode(self):
+        """Reset with a seed of the episode's own, far from the evaluation's."""
+        seed = 10_000_000 * (self.args.seed + 1) + len(self.ends)
+        self.observation, _ = self.env.reset(seed=seed)
+        self.total_reward = 0.0
+
+    def step(self, action):
+        """Act, (action_dim,), and add the transition. A timeout is not terminal. AntMaze: reward 0 or -1."""
+        observation, reward, terminated, truncated, _ = self.env.step(action)
+        reward = float(reward)
+        s, next_s = self.agent.normalize(np.stack([self.observation, observation]))
+        row = s, torch.as_tensor(action), reward - is_antmaze(self.args), next_s, float(terminated)
+        for column, x in zip(self.rows, row, strict=True):
+            column[self.size] = x
+        self.size += 1
+        self.observation = observation
+        self.total_reward += reward
+        if terminated or truncated:
+            self.ends.append(self.size - self.first)
+            self.last_return = self.total_reward
+            self.begin_episode()
+
+    def state(self):
+        return {"ends": self.ends, "rows": [x[self.first : self.size].cpu().clone() for x in self.rows]}
+
+    def restore(self, state):
+        """Keep every saved transition. The episode that was not finished ends where it was saved."""
+        count = len(state["rows"][0])
+        self.size = self.first + count
+        for column, x in zip(self.rows, state["rows"], strict=True):
+            column[self.first : self.size] = x
+        self.ends = state["ends"]
+        if count > (self.ends or [0])[-1]:
+            self.ends.append(count)
+        self.begin_episode()
+
+
+# ---- main ----
 def main(args):
-    """Train; with --resume, from the checkpoint on. Raises InputError; SystemExit(3) after a divergence."""
-    device = set_up(args)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling it only costs time
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # several stall on a busy CPU
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default one
+    random = torch.cuda if device.type == "cuda" else torch  # its generator draws batches and noise
+
     envs = [make_env(args) for _ in range(args.eval_episodes)]
-    state_dim = envs[0].observation_space.shape[0]
-    action_dim = envs[0].action_space.shape[0]
-    agent = Agent(state_dim, action_dim, args)
-    generator = torch.Generator(device).manual_seed(args.seed)  # of batches and noise, not of evaluation
-    learned = 0
-    evaluations = []
-    begun = time.time()
-    if args.resume or args.checkpoint:
-        checkpoint = torch.load(Path(args.resume or args.checkpoint, "checkpoint.pt"), map_location="cpu")
-        agent.load_state_dict(checkpoint["agent"])
-        if checkpoint["device"] == device.type:  # the other kind draws other random numbers
-            generator.set_state(checkpoint["generator"])
-        learned = checkpoint["step"]
-    widths = (state_dim,), (action_dim,), (), (state_dim,), ()
-    dataset = Batch(*(torch.empty(0, *width) for width in widths))
+    (state_dim,), (action_dim,) = envs[0].observation_space.shape, envs[0].action_space.shape
+    s, a, r = torch.empty(0, state_dim), torch.empty(0, action_dim), torch.empty(0)
+    next_s, terminated = s, r
     if not args.from_scratch:
-        dataset, agent.mean, agent.std = load_dataset(args)
-    agent.to(device)
+        s, a, r, next_s, terminated = load_dataset(args)
+    agent = Agent(state_dim, action_dim, args, device)
+    if args.normalize_states and not args.from_scratch:
+        std, mean = torch.std_mean(s.double(), 0, correction=0)
+        agent.mean.copy_(mean)
+        agent.std.copy_(std + 1e-3)
+    learned, total_steps = 0, args.offline_steps + args.online_steps
+    source = args.resume or args.checkpoint
+    if source:
+        checkpoint = torch.load(f"{source}/checkpoint.pt", map_location="cpu")
+        learned, saved = checkpoint["step"], checkpoint["agent"]
+        if [x.shape for x in saved.values()] != [x.shape for x in agent.state_dict().values()]:
+            raise ValueError(f"{source} has other networks: of another algorithm or another robot")
+        online_rows = len(checkpoint["online"]["rows"][0]) if args.resume else 0
+        if learned > total_steps or online_rows != max(0, learned - args.offline_steps):
+            raise ValueError(
+                f"{source} has done {learned} steps, {online_rows} online: these steps do not fit"
+            )
+        agent.load_state_dict(saved)  # with the mean and std that its networks know
+        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        if checkpoint["device"] == device.type:  # the other kind draws other numbers
+            random.set_rng_state(checkpoint["random"])
+    first_step = learned + 1 if args.resume else learned
+    dataset = agent.normalize(s), a, r, agent.normalize(next_s), terminated
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:
-        evaluations = checkpoint["evaluations"]
-        begun -= evaluations[-1][-1]  # the seconds until then
         replay.restore(checkpoint["online"])
-    index = torch.empty(args.batch_size, dtype=torch.int64, device=device)
-    noise = torch.empty(args.batch_size, action_dim, device=device)
-    in_force = copy.copy(args)  # its lam, nu and gamma change online, also in a compiled update
+
+    in_force = copy.copy(args)  # its lam, nu and gamma change online: tensors, which nothing freezes
     for name in ("lam", "nu", "gamma"):
         setattr(in_force, name, torch.tensor(getattr(args, name), device=device))
+    learn = accelerate(agent, in_force)
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+    folder = Path(args.resume or "runs/" + re.sub("[/:]", "-", run_name))
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    record = json.dumps(vars(args) | {"resume": None, "versions": versions, "script": script}, indent=2)
+    (folder / "args.json").write_text(record)
+    print(record)
+    if args.track:
+        import wandb
 
-    def update_on_batch(update_actor):
-        return update(agent, Batch(*(x[index] for x in replay.rows)), noise, in_force, update_actor)
-
-    learn = accelerate(update_on_batch, args, device)
-    first = learned + 1 if args.resume else learned
-    folder, writer = open_run(args, first)
+        team = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        wandb.init(**team, id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
+    writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed run logged from there on
+    eval_csv = open(f"{folder}/eval.csv", "a", buffering=1)  # noqa: SIM115  written line by line
+    if not args.resume:
+        print("step,return_mean,return_std,normalized_score,length_mean", file=eval_csv)
     if args.capture_video:
         env = make_env(args, render_mode="rgb_array")
-        envs[0] = RecordVideo(env, f"{folder}/videos", lambda _: True, name_prefix=f"from-step-{first}")
+        envs[0] = RecordVideo(env, f"{folder}/videos", lambda _: True, name_prefix=f"from-step-{first_step}")
+
     metrics = {}
-    total = args.offline_steps + args.online_steps
-    for step in tqdm(range(first, total + 1), initial=first, total=total + 1, unit="step"):
+    message = "all steps are done"
+    start_time = time.time()
+    for step in tqdm(range(first_step, total_steps + 1), unit="step"):
+        logs = {}
         t = step - args.offline_steps  # online steps, this one included
         if step > learned and t > 0:
             for name, value in online_schedule(t, args).items():
                 getattr(in_force, name).fill_(value)
-            exploration = torch.randn(action_dim, generator=generator, device=device).cpu().numpy()
-            action = agent.act(replay.observation[None])[0] + args.exploration_noise * exploration
+            action = agent.act(replay.observation[None])[0]
+            action += args.exploration_noise * torch.randn(action_dim, device=device).cpu().numpy()
             if t <= args.learning_starts:
-                action = replay.env.action_space.sample()
-            replay.step(np.clip(action, -1, 1))
-        if step > learned and (t <= 0 or t > args.learning_starts):
-            agent.actor_optimizer.learning_rate.fill_(actor_learning_rate(step, args))
-            index.random_(replay.size, generator=generator)
-            noise.normal_(generator=generator)
-            metrics |= learn(step % args.policy_frequency == 0)
+                action = 2 * torch.rand(action_dim, device=device).cpu().numpy() - 1
+            replay.step(action.clip(-1, 1))
+        if step > learned and not 0 < t <= args.learning_starts:  # the first step only evaluates
+            lr = actor_learning_rate(step, args)
+            agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
+            index = torch.randint(replay.size, (args.batch_size,), device=device)
+            batch = [x[index] for x in replay.rows]
+            noise = torch.randn(args.batch_size, action_dim, device=device)
+            metrics |= learn(batch, noise, step % args.policy_frequency == 0)
 
-        due = step % args.eval_frequency == 0 or step in (args.offline_steps, total)
-        if metrics and (due or step % 1000 == 0):
+        evaluate_now = step % args.eval_frequency == 0 or step in (args.offline_steps, total_steps)
+        if metrics and (evaluate_now or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
-            largest_reward = replay.rows.rewards[: replay.size].abs().max().item()
-            q_limit = 1000 + 10 * largest_reward / (1.001 - args.gamma_online)  # above any return
-            if not math.isfinite(sum(logs.values())) or abs(logs["losses/q_values"]) > q_limit:
+            largest_reward = replay.rows[2][: replay.size].abs().max().item()
+            q_limit = 1000 + 10 * largest_reward / (
+                1.001 - args.gamma_online
+            )  # ten times any return, and more
+            if not math.isfinite(sum(logs.values())) or abs(logs.get("losses/q_values", 0)) > q_limit:
                 writer.add_scalar("eval/diverged", 1, step)
                 writer.close()
-                print(f"diverged at step {step:,}, {folder} has the last checkpoint: {logs}", file=sys.stderr)
-                sys.exit(3)
+                print(f"{step},nan,nan,nan,nan", file=eval_csv)
+                raise FloatingPointError(f"diverged at step {step}, last checkpoint in {folder}: {logs}")
+            logs["charts/actor_learning_rate"] = lr
             logs |= {"dmg/lam": in_force.lam.item(), "dmg/nu": in_force.nu.item()}
-            if replay.returns:
-                logs["charts/episodic_return"] = replay.returns[-1]
-            logs["charts/SPS"] = step / (time.time() - begun)
-            logs["charts/actor_learning_rate"] = agent.actor_optimizer.learning_rate.item()
-            for name, value in logs.items():
-                writer.add_scalar(name, value, step)
+            if replay.ends:
+                logs["charts/episodic_return"] = replay.last_return
+            logs["charts/SPS"] = (step - first_step + 1) / (time.time() - start_time)
 
-        if due:
-            returns, lengths = evaluate(agent.act, envs, 1000 * (args.seed + 1))  # the same episodes
-            average, spread, length = map(float, (returns.mean(), returns.std(), lengths.mean()))
-            score = normalized_score(args, average)
-            writer.add_scalar("eval/episodic_return", average, step)
-            writer.add_scalar("eval/episodic_length", length, step)
-            message = f"step {step:,}: return {average:.1f} +- {spread:.1f}"
-            if score is not None:
-                writer.add_scalar("eval/normalized_score", score, step)
+        if evaluate_now:
+            agent.eval()
+            returns, lengths = evaluate(agent.act, envs, 1000 * (args.seed + 1))  # always the same episodes
+            agent.train()
+            score = normalized_score(args, returns.mean())
+            print(f"{step},{returns.mean()},{returns.std()},{score},{lengths.mean()}", file=eval_csv)
+            logs |= {"eval/episodic_return": returns.mean(), "eval/episodic_length": lengths.mean()}
+            message = f"step {step:,}: return {returns.mean():.1f} +- {returns.std():.1f}"
+            if not math.isnan(score):
+                logs["eval/normalized_score"] = score
                 message += f", score {score:.1f}"
             tqdm.write(message)
+
+        for name, value in logs.items():
+            writer.add_scalar(name, value, step)
+        if evaluate_now:
             writer.flush()
-            evaluations.append([step, average, spread, score, length, len(envs), time.time() - begun])
-            lines = [",".join(map(str, row)) for row in evaluations]
-            (folder / "eval.csv").write_text("\n".join([EVAL_HEADER, *lines, ""]))
-            state = {"step": step, "evaluations": evaluations, "device": device.type}
-            state |= {"agent": agent.state_dict(), "generator": generator.get_state()}
-            state["online"] = replay.state()
-            torch.save(state, folder / "checkpoint.tmp")
-            os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")  # whole at every moment
+            checkpoint = {"step": step, "device": device.type, "random": random.get_rng_state()}
+            checkpoint |= {"agent": agent.state_dict(), "online": replay.state()}
+            checkpoint["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
+            torch.save(checkpoint, f"{folder}/checkpoint.tmp")
+            os.replace(f"{folder}/checkpoint.tmp", f"{folder}/checkpoint.pt")  # never half-written
     writer.close()
     envs[0].close()  # RecordVideo writes the last film
-    column, name = (3, "normalized_score") if evaluations[-1][3] is not None else (1, "return_mean")
-    last = [row[column] for row in evaluations[-5:]]
-    print(f"{folder}: {name} {last[-1]:.1f}, mean of the last five {np.mean(last):.1f}")
+    print(f"{folder}: {message}")
 
 
-if __name__ == "__main__" and "__file__" in globals():  # not when pasted into a notebook
+if __name__ == "__main__":
     arguments = tyro.cli(Args)
-    try:
-        if arguments.resume:  # other flags change that run's arguments
-            arguments = tyro.cli(Args, default=read_args(arguments.resume))
-        elif arguments.checkpoint:  # the arguments of the offline run
-            arguments = tyro.cli(Args, default=offline_args(arguments.checkpoint))
-        main(arguments)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    if arguments.resume:
+        arguments = tyro.cli(Args, default=read_args(arguments.resume))
+    elif arguments.checkpoint:
+        arguments = tyro.cli(Args, default=checkpoint_args(arguments.checkpoint))
+    main(arguments)
 
 # /// script
 # requires-python = ">=3.11"

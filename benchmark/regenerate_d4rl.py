@@ -27,6 +27,18 @@ GOAL_CELLS = {  # row and column: a play set goes between these
     "medium": [(2, 6), (5, 1), (6, 5)],
     "large": [(1, 6), (3, 5), (3, 10), (5, 2), (7, 4), (7, 6), (7, 9)],
 }
+# x and y in metres of the goal that a set's rewards are for: D4RL's own are not published; with these a
+# remade set has D4RL's number of rewarded rows (README.md)
+REWARDED_GOALS = {
+    "antmaze-umaze-v2": (1.28, 9.53),
+    "antmaze-umaze-diverse-v2": (1.53, 9.82),
+    "antmaze-medium-play-v2": (20.52, 20.80),
+    "antmaze-medium-diverse-v2": (21.43, 21.07),
+    "antmaze-large-play-v2": (33.58, 25.18),
+    "antmaze-large-diverse-v2": (33.52, 24.73),
+}
+# D4RL's own umaze file has goals up to 3 m from the corner of their cell; its published code draws 0.5 here
+GOAL_NOISE = 2
 
 
 @dataclasses.dataclass
@@ -41,7 +53,7 @@ class Args:
     steps: int = 1_000_000
     """rows"""
     goal: tuple[float, float] | None = None
-    """x and y of a maze's rewarded goal, in metres (None: drawn in its cell, as D4RL drew it)"""
+    """x and y of the goal that a maze's rewards are for, in metres (None: the set's own, REWARDED_GOALS)"""
     seed: int = 0
 
     def __post_init__(self):
@@ -159,7 +171,7 @@ class Maze:
         mujoco.mj_resetData(env.model, env.data)
         env.set_state(qpos, qvel)
         goal_corner = corner(rng.choice(self.goal_cells))
-        self.goal = np.maximum(goal_corner + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2), 0)
+        self.goal = np.maximum(goal_corner + rng.uniform(0, 1, 2) + rng.uniform(0, GOAL_NOISE, 2), 0)
         return env.state_vector()
 
     def next_cell(self, here, target):
@@ -201,7 +213,7 @@ def collect_maze(args):
         t += 1
         if timeout:
             state, t = maze.reset(), 0
-    goal = args.goal or maze.env.goal_cell + rng.uniform(0, 1, 2) + rng.uniform(0, 0.5, 2)
+    goal = args.goal or REWARDED_GOALS[args.name]
     xy = np.array(columns["observations"], np.float32)[1:, :2]
     near = np.append(np.linalg.norm(xy - goal, axis=1) <= 0.5, 0.0)
     return columns | {"rewards": near, "terminals": near}, {"goal": goal}
