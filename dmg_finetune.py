@@ -7,8 +7,8 @@ https://arxiv.org/abs/2411.07934
     python dmg_finetune.py --checkpoint runs/<a run of dmg_offline.py>
 
 Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, replay, main.
-The update equals the authors' published code to 1e-13 (float64). Of 33 policies that D4RL publishes with
-their returns 32 get them here within two standard errors, 17 in Gymnasium's -v4 (README.md has the plot).
+The update equals the authors' published code to 1e-13 (float64; tests/test_update.py computes it again).
+The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report the last evaluation of a run, its mean and standard deviation over seeds.
 """
 
@@ -45,7 +45,7 @@ from tqdm import tqdm
 class Args:  # None stands for a default that depends on the dataset: see __post_init__
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
-    dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's file
+    dataset_path: str | None = None  # your HDF5 file in D4RL's schema; with a D4RL name instead of its file
     normalize_states: bool | None = None  # subtract the dataset's mean, divide by its standard deviation
     # ---- DMG, offline then online ----
     offline_steps: int = 1_000_000  # updates on the dataset alone
@@ -71,8 +71,8 @@ class Args:  # None stands for a default that depends on the dataset: see __post
     target_update_rate: float = 0.005  # Polyak rate of the target networks (xi), in [0, 1]
     batch_size: int = 256  # transitions per update
     learning_rate: float = 3e-4  # Adam's; offline the actor's falls to 0 by a cosine
-    exp_name: str = Path(__file__).stem  # part of the run folder's name
     # ---- run: the same in all four scripts ----
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
     eval_frequency: int | None = None  # updates between evaluations, each with a checkpoint
     eval_episodes: int | None = None  # whole episodes per evaluation
     seed: int = 0  # of networks, batches, noise and evaluation episodes
@@ -82,9 +82,7 @@ class Args:  # None stands for a default that depends on the dataset: see __post
     compile: bool = False  # torch.compile the update; on a CPU it needs a C++ compiler
     torch_deterministic: bool = True  # deterministic kernels: one seed, the same bits on the same machine
     capture_video: bool = False  # film the first episode of each evaluation (needs moviepy)
-    track: bool = False  # mirror the TensorBoard log to Weights & Biases (needs wandb)
-    wandb_project_name: str = "dmg"  # project of track
-    wandb_entity: str | None = None  # team of track
+    track: bool = False  # mirror the log to Weights & Biases (needs wandb, takes WANDB_PROJECT, WANDB_ENTITY)
 
     def __post_init__(self):
         """Set what is None by the dataset (App. C.1, Table 5). Raises ValueError for what cannot work."""
@@ -102,15 +100,17 @@ class Args:  # None stands for a default that depends on the dataset: see __post
         defaults["learning_starts"] = 25_000 if self.from_scratch else 0
         if self.from_scratch:
             if self.checkpoint or self.dataset_path:
-                raise ValueError("from_scratch reads no checkpoint and no dataset_path: give one of them")
-            self.offline_steps, self.lam, self.lam_end, self.nu, self.nu_end = 0, 1.0, 1.0, 0.0, 0.0
+                raise ValueError("from_scratch uses no checkpoint and no dataset_path: leave them out")
+            self.offline_steps = 0
+            self.lam, self.lam_end = 1.0, 1.0
+            self.nu, self.nu_end = 0.0, 0.0
         unit_interval = "lam", "lam_end", "expectile", "gamma_online"
         from_one = "policy_frequency", "max_weight"
         fill_and_check(self, defaults, from_one, unit_interval, needs_data=not self.from_scratch)
         if 0 < self.online_steps <= self.learning_starts:
-            raise ValueError(
-                f"all {self.online_steps} online_steps are learning_starts: nothing would be learned"
-            )
+            raise ValueError(f"learning_starts, {self.learning_starts}, must be less than online_steps")
+        if self.checkpoint and not Path(f"{self.checkpoint}/checkpoint.pt").is_file():
+            raise ValueError(f"there is no file {self.checkpoint}/checkpoint.pt")
 
 
 # ---- arguments: the same in all four scripts ----
@@ -139,8 +139,8 @@ def fill_and_check(args, defaults, from_one, unit_interval=(), needs_data=True):
     if is_environment(args.env_id):
         if needs_data and not args.dataset_path:
             raise ValueError(f"{args.env_id} is an environment: give its data with --dataset-path")
-    elif "/" not in args.env_id and args.env_id not in (*D4RL_FILES, *minari.list_local_datasets()):
-        (nearest,) = difflib.get_close_matches(args.env_id, [*D4RL_FILES, *gym.registry], 1, 0)
+    elif not ("/" in args.env_id or args.env_id in D4RL_FILES or args.env_id in minari.list_local_datasets()):
+        nearest = difflib.get_close_matches(args.env_id, [*D4RL_FILES, *gym.registry], n=1, cutoff=0)[0]
         raise ValueError(f"no D4RL name, Minari id or environment is {args.env_id}: is it {nearest}?")
 
 
@@ -166,12 +166,13 @@ class TwinCritic(nn.Module):
 def adam(net, args):
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)  # filled by minimize
-    learning_rate = torch.tensor(args.learning_rate, device=parameter.device)  # a CUDA graph freezes numbers
+    # a tensor, for a CUDA graph would freeze a number
+    learning_rate = torch.tensor(args.learning_rate, device=next(net.parameters()).device)
     return torch.optim.Adam(net.parameters(), learning_rate, fused=not args.compile, capturable=True)
 
 
 def minimize(loss, optimizer):
-    """One step on the optimizer's parameters alone: the other networks in the loss get no gradient."""
+    """One step on the optimizer's parameters alone: other networks in the loss get no gradient."""
     parameters = optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss, parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -179,7 +180,7 @@ def minimize(loss, optimizer):
     optimizer.step()
 
 
-# ---- value loss: the same in iql.py ----
+# ---- value loss: the same in dmg_offline.py, dmg_finetune.py and iql.py ----
 def in_sample_value_loss(target_q, v, args):
     """Loss that draws V(s), (B,), to the maximum of Q'(s, a), (B,), over the dataset's actions (Eq. 15)."""
     u = target_q - v
@@ -192,7 +193,7 @@ def in_sample_value_loss(target_q, v, args):
     return (t.clamp(min=0).square() + v / args.in_sample_temperature).mean()
 
 
-# ---- agent and update: the same in dmg_finetune.py ----
+# ---- agent and update: the same in dmg_offline.py and dmg_finetune.py ----
 class Agent(nn.Module):
     """The networks of Algorithm 1, their optimizers, and the mean and std that normalize states."""
 
@@ -224,7 +225,7 @@ class Agent(nn.Module):
 def update(agent, batch, noise, args, update_actor):
     """One iteration of Algorithm 1. noise: (B, action_dim), standard normal. Returns detached scalars.
 
-    On a GPU it is recorded once and replayed: a number of `args` that is to change must be a tensor.
+    With CUDA graphs or --compile a number of `args` is frozen: one that is to change must be a tensor.
     """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
@@ -269,11 +270,12 @@ def update(agent, batch, noise, args, update_actor):
     return {name: value.detach() for name, value in metrics.items()}
 
 
-# ---- schedules ----
+# ---- schedules, exploration, the arguments of a checkpoint ----
 def actor_learning_rate(step, args):
     """Cosine from learning_rate to 0 over the offline actor updates (Table 5), constant online."""
-    updates, all_updates = step // args.policy_frequency - 1, args.offline_steps // args.policy_frequency
-    progress = updates / all_updates if step <= args.offline_steps else 0.0
+    progress = 0.0
+    if step <= args.offline_steps:
+        progress = (step // args.policy_frequency - 1) * args.policy_frequency / args.offline_steps
     return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -285,9 +287,27 @@ def online_schedule(t, args):
     return {"lam": lam, "nu": nu, "gamma": args.gamma_online}
 
 
+def explore(agent, observation, t, args):
+    """Action of online step t in [-1, 1], (action_dim,): the actor's with noise, at first uniform."""
+    action = torch.as_tensor(agent.act(observation[None])[0]).to(agent.mean)
+    if t <= args.learning_starts:
+        action = 2 * torch.rand_like(action) - 1
+    else:
+        action = action + args.exploration_noise * torch.randn_like(action)
+    return action.clamp(-1, 1).cpu().numpy()
+
+
+def checkpoint_args(folder):
+    """The arguments of the DMG run in `folder`, whose agent has done all offline steps."""
+    saved = json.loads(Path(folder, "args.json").read_text())
+    steps = torch.load(f"{folder}/checkpoint.pt", map_location="cpu")["step"]
+    known = {name: saved[name] for name in vars(Args()) if name in saved and name != "exp_name"}
+    return Args(**known | {"checkpoint": folder, "offline_steps": steps, "resume": None})
+
+
 # ---- data: the same in all four scripts ----
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-D4RL_ROBOTS = {  # environment, return of a random and of an expert policy
+D4RL_ROBOTS = {  # environment, return of a random and of an expert policy (d4rl/infos.py)
     "halfcheetah": (half_cheetah_v4.HalfCheetahEnv, -280.178953, 12135.0),
     "hopper": (hopper_v4.HopperEnv, -20.272305, 3234.3),
     "walker2d": (walker2d_v4.Walker2dEnv, 1.629008, 4592.3),
@@ -329,20 +349,20 @@ def download_d4rl(name):
 
 
 def read_hdf5(path):
-    """s, a, r, next_s, terminated of a file in D4RL's schema, without rows at a timeout, as d4rl has them."""
+    """s, a, r, next_s, terminated of a file in D4RL's schema; as d4rl has them without rows at a timeout."""
     with h5py.File(path) as file:
         s, a, r, terminals = (file[name][:] for name in ("observations", "actions", "rewards", "terminals"))
-        timeouts = file["timeouts"][:] if "timeouts" in file else np.zeros(len(s))
-        next_s = file["next_observations"][:] if "next_observations" in file else None
-    kept = timeouts.reshape(-1) == 0
-    if next_s is None:
-        next_s = np.roll(s, -1, 0)  # the next row's: not at a timeout, where it is of another episode
+        timeouts = file.get("timeouts", np.zeros(len(s)))[:]
+        stored = "next_observations" in file
+        next_s = file.get("next_observations", np.roll(s, -1, 0))[:]  # else the next row's observation
+    kept = timeouts.reshape(-1) == 0  # at a timeout the next row is of another episode
+    if not stored:
         kept[-1:] = False
         if not timeouts.any() and not terminals.all():
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
-    lost = ((terminals == 1) | (r == 1)).reshape(-1)[~kept].sum()
+    lost = ((terminals == 1) | (r == 1)).reshape(-1)[~kept].sum()  # r == 1: a success
     if lost:
-        advice = "to keep a terminal row, clear its timeout and let a row follow"
+        advice = "to keep a terminal row mark it as no timeout, and let some row follow the last"
         print(f"Warning: {path}: as in d4rl, {lost} rows with a terminal or reward 1 are dropped: {advice}")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
@@ -351,21 +371,19 @@ def read_hdf5(path):
 def open_minari(env_id):
     """A Minari dataset, downloaded once. Raises ValueError if its environment cannot be made."""
     dataset = minari.load_dataset(env_id, download=True)
-    spec = dataset._eval_env_spec or dataset.env_spec
+    spec = dataset._eval_env_spec or dataset.env_spec  # the first has no public name
     if spec is None or len(dataset) == 0:
         raise ValueError(f"{env_id} has no environment to evaluate in, or no episodes")
     if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
-    recorders = "Monitor", "RecordEpisodeStatistics", "RecordVideo"  # they change nothing
-    spec.additional_wrappers = tuple(x for x in spec.additional_wrappers if x.name not in recorders)
+    wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
+    spec.additional_wrappers = tuple(wrappers)
     # the dataset names code: only registered environments and Gymnasium's wrappers without a memory may run
     allowed = [environment.entry_point for environment in gym.registry.values()]
-    for part in (spec, *spec.additional_wrappers):
+    for part in (spec, *wrappers):
         stateless = re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", part.entry_point)
         if part.entry_point not in allowed and not stateless:
-            raise ValueError(
-                f"{env_id} needs {part.entry_point}, which is not registered or keeps statistics"
-            )
+            raise ValueError(f"{env_id} was recorded with {part.entry_point}, which cannot be made again")
     return dataset
 
 
@@ -400,16 +418,16 @@ def load_dataset(args):
             f"{name} has {rows} observations of {shape}, its environment {env.observation_space}"
         )
     shapes = (state_dim,), box.shape, (), (state_dim,), ()
-    columns = [np.float32(x).reshape(rows, *shape) for x, shape in zip(columns, shapes, strict=True)]
+    columns = [x.astype(np.float32).reshape(rows, *shape) for x, shape in zip(columns, shapes, strict=True)]
     s, a, r, next_s, terminated = columns
     next_s[terminated == 1] = 0  # not used, often NaN
     if not all(np.isfinite(x).all() for x in columns):
         raise ValueError(f"{name} has numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
-    if not 0.01 < np.abs(a).max() < 1.001:
+    if not 0.01 < np.abs(a).max() < 1.001:  # within bounds of 1e6, say, all actions would be 0
         raise ValueError(f"{name} has actions that do not fit the environment's {box.low} to {box.high}")
     if is_antmaze(args):
-        terminated = r  # 1 at the goal, where D4RL's recorded episodes do not end
+        terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
         r = r - 1  # 0 at the goal, -1 elsewhere
     if not np.isin(terminated, (0, 1)).all():
         raise ValueError(f"{name} has terminals, or rewards of AntMaze, other than 0 and 1")
@@ -480,8 +498,7 @@ def make_raw_env(args, **options):
     else:
         options = {"render_mode": None} | options  # not the recorded one
         env = open_minari(args.env_id).recover_environment(eval_env=True, **options)
-    limited = getattr(env.spec, "max_episode_steps", None)
-    return env if limited else TimeLimit(env, 1000)
+    return env if getattr(env.spec, "max_episode_steps", None) else TimeLimit(env, 1000)
 
 
 def make_env(args, **options):
@@ -496,7 +513,7 @@ def make_env(args, **options):
 # ---- evaluation: the same in all four scripts ----
 def evaluate(act, envs, seed):
     """Returns and lengths, (n,) each, of a whole episode in each of n envs, the k-th reset with seed + k."""
-    returns, lengths = np.zeros((2, len(envs)))
+    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs))
     observations = np.stack([env.reset(seed=seed + k)[0] for k, env in enumerate(envs)])
     playing = set(range(len(envs)))
     while playing:
@@ -529,17 +546,9 @@ def read_args(folder):
     return Args(**{name: saved[name] for name in vars(Args()) if name in saved})
 
 
-def checkpoint_args(folder):
-    """The arguments of the DMG run in `folder`, whose agent has done all offline steps."""
-    saved = json.loads(Path(folder, "args.json").read_text())
-    steps = torch.load(f"{folder}/checkpoint.pt", map_location="cpu")["step"]
-    known = {name: saved[name] for name in vars(Args()) if name in saved and name != "exp_name"}
-    return Args(**known | {"checkpoint": folder, "offline_steps": steps, "resume": None})
-
-
-# ---- speed: the same in all four scripts ----
+# ---- speed: the same in dmg_offline.py, dmg_finetune.py and td3bc.py ----
 def accelerate(agent, args):
-    """update as a function of (batch, noise, update_actor), compiled and, on a GPU, as CUDA graphs."""
+    """update as learn(batch, noise, update_actor), compiled if asked, on a GPU as CUDA graphs."""
 
     def learn(batch, noise, update_actor):
         return update(agent, batch, noise, args, update_actor)
@@ -550,7 +559,7 @@ def accelerate(agent, args):
             optimizer.step = torch.no_grad()(functools.partial(step, optimizer))
         torch._dynamo.config.trace_autograd_ops = True  # takes torch.autograd.grad in
         learn = torch.compile(learn, fullgraph=True)
-    if agent.mean.device.type != "cuda" or not args.cudagraphs:
+    if not (agent.mean.is_cuda and args.cudagraphs):
         return learn
     calls = 0
     graphs = {}
@@ -558,7 +567,7 @@ def accelerate(agent, args):
     def replay(batch, noise, update_actor):
         nonlocal calls
         calls += 1
-        if calls < 10:  # warms up the libraries
+        if calls < 10:  # the first ones warm up the libraries
             return learn(batch, noise, update_actor)
         if update_actor not in graphs:
             inputs = [x.clone() for x in (*batch, noise)]
@@ -579,12 +588,12 @@ class Replay:
     """The dataset's rows and, behind them, every online transition in the order of time."""
 
     def __init__(self, dataset, env, agent, args):
-        self.env = env
+        self.env = gym.wrappers.RecordEpisodeStatistics(env)
         self.agent = agent
         self.args = args
         self.first = self.size = len(dataset[0])
-        room = [x.new_empty(args.online_steps, *x.shape[1:]) for x in dataset]
-        self.rows = [torch.cat(parts).to(agent.mean.device) for parts in zip(dataset, room, strict=True)]
+        rows = [torch.cat([x, x.new_zeros(args.online_steps, *x.shape[1:])]) for x in dataset]
+        self.rows = [x.to(agent.mean.device) for x in rows]
         self.ends = []  # of the online episodes: how many online rows there were
         self.last_return = math.nan  # of the last whole online episode
         self.begin_episode()
@@ -593,22 +602,19 @@ class Replay:
         """Reset with a seed of the episode's own, far from the evaluation's."""
         seed = 10_000_000 * (self.args.seed + 1) + len(self.ends)
         self.observation, _ = self.env.reset(seed=seed)
-        self.total_reward = 0.0
 
     def step(self, action):
         """Act, (action_dim,), and add the transition. A timeout is not terminal. AntMaze: reward 0 or -1."""
-        observation, reward, terminated, truncated, _ = self.env.step(action)
-        reward = float(reward)
+        observation, reward, terminated, truncated, info = self.env.step(action)
         s, next_s = self.agent.normalize(np.stack([self.observation, observation]))
-        row = s, torch.as_tensor(action), reward - is_antmaze(self.args), next_s, float(terminated)
+        row = s, torch.as_tensor(action), float(reward) - is_antmaze(self.args), next_s, float(terminated)
         for column, x in zip(self.rows, row, strict=True):
             column[self.size] = x
         self.size += 1
         self.observation = observation
-        self.total_reward += reward
         if terminated or truncated:
             self.ends.append(self.size - self.first)
-            self.last_return = self.total_reward
+            self.last_return = float(info["episode"]["r"])
             self.begin_episode()
 
     def state(self):
@@ -634,15 +640,17 @@ def main(args):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # several stall on a busy CPU
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
+    device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
+    if device == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default one
-    random = torch.cuda if device.type == "cuda" else torch  # its generator draws batches and noise
+    device_module = torch.cuda if device == "cuda" else torch  # has the generator of batches and noise
 
     envs = [make_env(args) for _ in range(args.eval_episodes)]
-    (state_dim,), (action_dim,) = envs[0].observation_space.shape, envs[0].action_space.shape
-    s, a, r = torch.empty(0, state_dim), torch.empty(0, action_dim), torch.empty(0)
-    next_s, terminated = s, r
+    (state_dim,) = envs[0].observation_space.shape
+    (action_dim,) = envs[0].action_space.shape
+    s = next_s = torch.empty(0, state_dim)
+    a = torch.empty(0, action_dim)
+    r = terminated = torch.empty(0)
     if not args.from_scratch:
         s, a, r, next_s, terminated = load_dataset(args)
     agent = Agent(state_dim, action_dim, args, device)
@@ -650,35 +658,34 @@ def main(args):
         std, mean = torch.std_mean(s.double(), 0, correction=0)
         agent.mean.copy_(mean)
         agent.std.copy_(std + 1e-3)
-    learned, total_steps = 0, args.offline_steps + args.online_steps
+    learned = 0
+    total_steps = args.offline_steps + args.online_steps
     source = args.resume or args.checkpoint
     if source:
         checkpoint = torch.load(f"{source}/checkpoint.pt", map_location="cpu")
-        learned, saved = checkpoint["step"], checkpoint["agent"]
+        learned = checkpoint["step"]
+        saved = checkpoint["agent"]
         if [x.shape for x in saved.values()] != [x.shape for x in agent.state_dict().values()]:
             raise ValueError(f"{source} has other networks: of another algorithm or another robot")
         online_rows = len(checkpoint["online"]["rows"][0]) if args.resume else 0
         if learned > total_steps or online_rows != max(0, learned - args.offline_steps):
-            raise ValueError(
-                f"{source} has done {learned} steps, {online_rows} online: these steps do not fit"
-            )
+            raise ValueError(f"{source} has done {learned} steps, {online_rows} online: this does not fit")
         agent.load_state_dict(saved)  # with the mean and std that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-        if checkpoint["device"] == device.type:  # the other kind draws other numbers
-            random.set_rng_state(checkpoint["random"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
+        if checkpoint["device"] == device:  # the generators of CPU and GPU differ
+            device_module.set_rng_state(checkpoint["random"])
     first_step = learned + 1 if args.resume else learned
     dataset = agent.normalize(s), a, r, agent.normalize(next_s), terminated
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:
         replay.restore(checkpoint["online"])
-
     in_force = copy.copy(args)  # its lam, nu and gamma change online: tensors, which nothing freezes
     for name in ("lam", "nu", "gamma"):
         setattr(in_force, name, torch.tensor(getattr(args, name), device=device))
     learn = accelerate(agent, in_force)
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    folder = Path(args.resume or "runs/" + re.sub("[/:]", "-", run_name))
+    env_name = re.sub("[/:]", "-", args.env_id)
+    folder = Path(args.resume or f"runs/{env_name}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
     folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -688,10 +695,9 @@ def main(args):
     if args.track:
         import wandb
 
-        team = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        wandb.init(**team, id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
+        wandb.init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed run logged from there on
-    eval_csv = open(f"{folder}/eval.csv", "a", buffering=1)  # noqa: SIM115  written line by line
+    eval_csv = open(f"{folder}/eval.csv", "a", buffering=1)  # written line by line
     if not args.resume:
         print("step,return_mean,return_std,normalized_score,length_mean", file=eval_csv)
     if args.capture_video:
@@ -707,11 +713,7 @@ def main(args):
         if step > learned and t > 0:
             for name, value in online_schedule(t, args).items():
                 getattr(in_force, name).fill_(value)
-            action = agent.act(replay.observation[None])[0]
-            action += args.exploration_noise * torch.randn(action_dim, device=device).cpu().numpy()
-            if t <= args.learning_starts:
-                action = 2 * torch.rand(action_dim, device=device).cpu().numpy() - 1
-            replay.step(action.clip(-1, 1))
+            replay.step(explore(agent, replay.observation, t, args))
         if step > learned and not 0 < t <= args.learning_starts:  # the first step only evaluates
             lr = actor_learning_rate(step, args)
             agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
@@ -723,10 +725,8 @@ def main(args):
         evaluate_now = step % args.eval_frequency == 0 or step in (args.offline_steps, total_steps)
         if metrics and (evaluate_now or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
-            largest_reward = replay.rows[2][: replay.size].abs().max().item()
-            q_limit = 1000 + 10 * largest_reward / (
-                1.001 - args.gamma_online
-            )  # ten times any return, and more
+            # a mean Q beyond ten times any return has diverged; 1000 leaves room where rewards are small
+            q_limit = 1000 + 10 * replay.rows[2].abs().max().item() / (1.001 - args.gamma_online)
             if not math.isfinite(sum(logs.values())) or abs(logs.get("losses/q_values", 0)) > q_limit:
                 writer.add_scalar("eval/diverged", 1, step)
                 writer.close()
@@ -734,12 +734,11 @@ def main(args):
                 raise FloatingPointError(f"diverged at step {step}, last checkpoint in {folder}: {logs}")
             logs["charts/actor_learning_rate"] = lr
             logs |= {"dmg/lam": in_force.lam.item(), "dmg/nu": in_force.nu.item()}
-            if replay.ends:
-                logs["charts/episodic_return"] = replay.last_return
+            logs |= {"charts/episodic_return": replay.last_return} if replay.ends else {}
             logs["charts/SPS"] = (step - first_step + 1) / (time.time() - start_time)
 
         if evaluate_now:
-            agent.eval()
+            agent.eval()  # for a copy with dropout
             returns, lengths = evaluate(agent.act, envs, 1000 * (args.seed + 1))  # always the same episodes
             agent.train()
             score = normalized_score(args, returns.mean())
@@ -750,12 +749,11 @@ def main(args):
                 logs["eval/normalized_score"] = score
                 message += f", score {score:.1f}"
             tqdm.write(message)
-
         for name, value in logs.items():
             writer.add_scalar(name, value, step)
         if evaluate_now:
             writer.flush()
-            checkpoint = {"step": step, "device": device.type, "random": random.get_rng_state()}
+            checkpoint = {"step": step, "device": device, "random": device_module.get_rng_state()}
             checkpoint |= {"agent": agent.state_dict(), "online": replay.state()}
             checkpoint["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
             torch.save(checkpoint, f"{folder}/checkpoint.tmp")
@@ -767,7 +765,7 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = tyro.cli(Args)
-    if arguments.resume:
+    if arguments.resume:  # the flags given now change that run's arguments
         arguments = tyro.cli(Args, default=read_args(arguments.resume))
     elif arguments.checkpoint:
         arguments = tyro.cli(Args, default=checkpoint_args(arguments.checkpoint))

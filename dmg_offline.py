@@ -6,8 +6,8 @@ https://arxiv.org/abs/2411.07934
     python dmg_offline.py --env-id walker2d-medium-v2 --lam 0.25
 
 Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, main.
-The update equals the authors' published code to 1e-13 (float64). Of 33 policies that D4RL publishes with
-their returns 32 get them here within two standard errors, 17 in Gymnasium's -v4 (README.md has the plot).
+The update equals the authors' published code to 1e-13 (float64; tests/test_update.py computes it again).
+The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report the last evaluation of a run, its mean and standard deviation over seeds.
 """
 
@@ -44,7 +44,7 @@ from tqdm import tqdm
 class Args:  # None stands for a default that depends on the dataset: see __post_init__
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
-    dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's file
+    dataset_path: str | None = None  # your HDF5 file in D4RL's schema; with a D4RL name instead of its file
     normalize_states: bool | None = None  # subtract the dataset's mean, divide by its standard deviation
     # ---- DMG ----
     gradient_steps: int = 1_000_000  # iterations of the update
@@ -62,8 +62,8 @@ class Args:  # None stands for a default that depends on the dataset: see __post
     target_update_rate: float = 0.005  # Polyak rate of the target networks (xi), in [0, 1]
     batch_size: int = 256  # transitions per update
     learning_rate: float = 3e-4  # Adam's; the actor's falls to 0 by a cosine
-    exp_name: str = Path(__file__).stem  # part of the run folder's name
     # ---- run: the same in all four scripts ----
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
     eval_frequency: int | None = None  # updates between evaluations, each with a checkpoint
     eval_episodes: int | None = None  # whole episodes per evaluation
     seed: int = 0  # of networks, batches, noise and evaluation episodes
@@ -73,9 +73,7 @@ class Args:  # None stands for a default that depends on the dataset: see __post
     compile: bool = False  # torch.compile the update; on a CPU it needs a C++ compiler
     torch_deterministic: bool = True  # deterministic kernels: one seed, the same bits on the same machine
     capture_video: bool = False  # film the first episode of each evaluation (needs moviepy)
-    track: bool = False  # mirror the TensorBoard log to Weights & Biases (needs wandb)
-    wandb_project_name: str = "dmg"  # project of track
-    wandb_entity: str | None = None  # team of track
+    track: bool = False  # mirror the log to Weights & Biases (needs wandb, takes WANDB_PROJECT, WANDB_ENTITY)
 
     def __post_init__(self):
         """Set what is None by the dataset (App. C.1, Table 5). Raises ValueError for what cannot work."""
@@ -118,8 +116,8 @@ def fill_and_check(args, defaults, from_one, unit_interval=(), needs_data=True):
     if is_environment(args.env_id):
         if needs_data and not args.dataset_path:
             raise ValueError(f"{args.env_id} is an environment: give its data with --dataset-path")
-    elif "/" not in args.env_id and args.env_id not in (*D4RL_FILES, *minari.list_local_datasets()):
-        (nearest,) = difflib.get_close_matches(args.env_id, [*D4RL_FILES, *gym.registry], 1, 0)
+    elif not ("/" in args.env_id or args.env_id in D4RL_FILES or args.env_id in minari.list_local_datasets()):
+        nearest = difflib.get_close_matches(args.env_id, [*D4RL_FILES, *gym.registry], n=1, cutoff=0)[0]
         raise ValueError(f"no D4RL name, Minari id or environment is {args.env_id}: is it {nearest}?")
 
 
@@ -145,12 +143,13 @@ class TwinCritic(nn.Module):
 def adam(net, args):
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)  # filled by minimize
-    learning_rate = torch.tensor(args.learning_rate, device=parameter.device)  # a CUDA graph freezes numbers
+    # a tensor, for a CUDA graph would freeze a number
+    learning_rate = torch.tensor(args.learning_rate, device=next(net.parameters()).device)
     return torch.optim.Adam(net.parameters(), learning_rate, fused=not args.compile, capturable=True)
 
 
 def minimize(loss, optimizer):
-    """One step on the optimizer's parameters alone: the other networks in the loss get no gradient."""
+    """One step on the optimizer's parameters alone: other networks in the loss get no gradient."""
     parameters = optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss, parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -158,7 +157,7 @@ def minimize(loss, optimizer):
     optimizer.step()
 
 
-# ---- value loss: the same in iql.py ----
+# ---- value loss: the same in dmg_offline.py, dmg_finetune.py and iql.py ----
 def in_sample_value_loss(target_q, v, args):
     """Loss that draws V(s), (B,), to the maximum of Q'(s, a), (B,), over the dataset's actions (Eq. 15)."""
     u = target_q - v
@@ -171,7 +170,7 @@ def in_sample_value_loss(target_q, v, args):
     return (t.clamp(min=0).square() + v / args.in_sample_temperature).mean()
 
 
-# ---- agent and update: the same in dmg_finetune.py ----
+# ---- agent and update: the same in dmg_offline.py and dmg_finetune.py ----
 class Agent(nn.Module):
     """The networks of Algorithm 1, their optimizers, and the mean and std that normalize states."""
 
@@ -203,7 +202,7 @@ class Agent(nn.Module):
 def update(agent, batch, noise, args, update_actor):
     """One iteration of Algorithm 1. noise: (B, action_dim), standard normal. Returns detached scalars.
 
-    On a GPU it is recorded once and replayed: a number of `args` that is to change must be a tensor.
+    With CUDA graphs or --compile a number of `args` is frozen: one that is to change must be a tensor.
     """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
@@ -257,7 +256,7 @@ def actor_learning_rate(step, args):
 
 # ---- data: the same in all four scripts ----
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-D4RL_ROBOTS = {  # environment, return of a random and of an expert policy
+D4RL_ROBOTS = {  # environment, return of a random and of an expert policy (d4rl/infos.py)
     "halfcheetah": (half_cheetah_v4.HalfCheetahEnv, -280.178953, 12135.0),
     "hopper": (hopper_v4.HopperEnv, -20.272305, 3234.3),
     "walker2d": (walker2d_v4.Walker2dEnv, 1.629008, 4592.3),
@@ -299,20 +298,20 @@ def download_d4rl(name):
 
 
 def read_hdf5(path):
-    """s, a, r, next_s, terminated of a file in D4RL's schema, without rows at a timeout, as d4rl has them."""
+    """s, a, r, next_s, terminated of a file in D4RL's schema; as d4rl has them without rows at a timeout."""
     with h5py.File(path) as file:
         s, a, r, terminals = (file[name][:] for name in ("observations", "actions", "rewards", "terminals"))
-        timeouts = file["timeouts"][:] if "timeouts" in file else np.zeros(len(s))
-        next_s = file["next_observations"][:] if "next_observations" in file else None
-    kept = timeouts.reshape(-1) == 0
-    if next_s is None:
-        next_s = np.roll(s, -1, 0)  # the next row's: not at a timeout, where it is of another episode
+        timeouts = file.get("timeouts", np.zeros(len(s)))[:]
+        stored = "next_observations" in file
+        next_s = file.get("next_observations", np.roll(s, -1, 0))[:]  # else the next row's observation
+    kept = timeouts.reshape(-1) == 0  # at a timeout the next row is of another episode
+    if not stored:
         kept[-1:] = False
         if not timeouts.any() and not terminals.all():
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
-    lost = ((terminals == 1) | (r == 1)).reshape(-1)[~kept].sum()
+    lost = ((terminals == 1) | (r == 1)).reshape(-1)[~kept].sum()  # r == 1: a success
     if lost:
-        advice = "to keep a terminal row, clear its timeout and let a row follow"
+        advice = "to keep a terminal row mark it as no timeout, and let some row follow the last"
         print(f"Warning: {path}: as in d4rl, {lost} rows with a terminal or reward 1 are dropped: {advice}")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
@@ -321,21 +320,19 @@ def read_hdf5(path):
 def open_minari(env_id):
     """A Minari dataset, downloaded once. Raises ValueError if its environment cannot be made."""
     dataset = minari.load_dataset(env_id, download=True)
-    spec = dataset._eval_env_spec or dataset.env_spec
+    spec = dataset._eval_env_spec or dataset.env_spec  # the first has no public name
     if spec is None or len(dataset) == 0:
         raise ValueError(f"{env_id} has no environment to evaluate in, or no episodes")
     if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
-    recorders = "Monitor", "RecordEpisodeStatistics", "RecordVideo"  # they change nothing
-    spec.additional_wrappers = tuple(x for x in spec.additional_wrappers if x.name not in recorders)
+    wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
+    spec.additional_wrappers = tuple(wrappers)
     # the dataset names code: only registered environments and Gymnasium's wrappers without a memory may run
     allowed = [environment.entry_point for environment in gym.registry.values()]
-    for part in (spec, *spec.additional_wrappers):
+    for part in (spec, *wrappers):
         stateless = re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", part.entry_point)
         if part.entry_point not in allowed and not stateless:
-            raise ValueError(
-                f"{env_id} needs {part.entry_point}, which is not registered or keeps statistics"
-            )
+            raise ValueError(f"{env_id} was recorded with {part.entry_point}, which cannot be made again")
     return dataset
 
 
@@ -370,16 +367,16 @@ def load_dataset(args):
             f"{name} has {rows} observations of {shape}, its environment {env.observation_space}"
         )
     shapes = (state_dim,), box.shape, (), (state_dim,), ()
-    columns = [np.float32(x).reshape(rows, *shape) for x, shape in zip(columns, shapes, strict=True)]
+    columns = [x.astype(np.float32).reshape(rows, *shape) for x, shape in zip(columns, shapes, strict=True)]
     s, a, r, next_s, terminated = columns
     next_s[terminated == 1] = 0  # not used, often NaN
     if not all(np.isfinite(x).all() for x in columns):
         raise ValueError(f"{name} has numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
-    if not 0.01 < np.abs(a).max() < 1.001:
+    if not 0.01 < np.abs(a).max() < 1.001:  # within bounds of 1e6, say, all actions would be 0
         raise ValueError(f"{name} has actions that do not fit the environment's {box.low} to {box.high}")
     if is_antmaze(args):
-        terminated = r  # 1 at the goal, where D4RL's recorded episodes do not end
+        terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
         r = r - 1  # 0 at the goal, -1 elsewhere
     if not np.isin(terminated, (0, 1)).all():
         raise ValueError(f"{name} has terminals, or rewards of AntMaze, other than 0 and 1")
@@ -450,8 +447,7 @@ def make_raw_env(args, **options):
     else:
         options = {"render_mode": None} | options  # not the recorded one
         env = open_minari(args.env_id).recover_environment(eval_env=True, **options)
-    limited = getattr(env.spec, "max_episode_steps", None)
-    return env if limited else TimeLimit(env, 1000)
+    return env if getattr(env.spec, "max_episode_steps", None) else TimeLimit(env, 1000)
 
 
 def make_env(args, **options):
@@ -466,7 +462,7 @@ def make_env(args, **options):
 # ---- evaluation: the same in all four scripts ----
 def evaluate(act, envs, seed):
     """Returns and lengths, (n,) each, of a whole episode in each of n envs, the k-th reset with seed + k."""
-    returns, lengths = np.zeros((2, len(envs)))
+    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs))
     observations = np.stack([env.reset(seed=seed + k)[0] for k, env in enumerate(envs)])
     playing = set(range(len(envs)))
     while playing:
@@ -499,9 +495,9 @@ def read_args(folder):
     return Args(**{name: saved[name] for name in vars(Args()) if name in saved})
 
 
-# ---- speed: the same in all four scripts ----
+# ---- speed: the same in dmg_offline.py, dmg_finetune.py and td3bc.py ----
 def accelerate(agent, args):
-    """update as a function of (batch, noise, update_actor), compiled and, on a GPU, as CUDA graphs."""
+    """update as learn(batch, noise, update_actor), compiled if asked, on a GPU as CUDA graphs."""
 
     def learn(batch, noise, update_actor):
         return update(agent, batch, noise, args, update_actor)
@@ -512,7 +508,7 @@ def accelerate(agent, args):
             optimizer.step = torch.no_grad()(functools.partial(step, optimizer))
         torch._dynamo.config.trace_autograd_ops = True  # takes torch.autograd.grad in
         learn = torch.compile(learn, fullgraph=True)
-    if agent.mean.device.type != "cuda" or not args.cudagraphs:
+    if not (agent.mean.is_cuda and args.cudagraphs):
         return learn
     calls = 0
     graphs = {}
@@ -520,7 +516,7 @@ def accelerate(agent, args):
     def replay(batch, noise, update_actor):
         nonlocal calls
         calls += 1
-        if calls < 10:  # warms up the libraries
+        if calls < 10:  # the first ones warm up the libraries
             return learn(batch, noise, update_actor)
         if update_actor not in graphs:
             inputs = [x.clone() for x in (*batch, noise)]
@@ -544,15 +540,16 @@ def main(args):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # several stall on a busy CPU
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
+    device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
+    if device == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default one
-    random = torch.cuda if device.type == "cuda" else torch  # its generator draws batches and noise
+    device_module = torch.cuda if device == "cuda" else torch  # has the generator of batches and noise
 
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     s, a, r, next_s, terminated = load_dataset(args)
     rows, action_dim = a.shape
-    q_limit = 1000 + 10 * r.abs().max().item() / (1.001 - args.gamma)  # ten times any return, and some room
+    # a mean Q beyond ten times any return has diverged; 1000 leaves room where rewards are small
+    q_limit = 1000 + 10 * r.abs().max().item() / (1.001 - args.gamma)
     agent = Agent(s.shape[1], action_dim, args, device)
     if args.normalize_states:
         std, mean = torch.std_mean(s.double(), 0, correction=0)
@@ -566,15 +563,14 @@ def main(args):
             raise ValueError(f"{args.resume} has done {checkpoint['step']} steps, more than gradient_steps")
         agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-        if checkpoint["device"] == device.type:  # the other kind draws other numbers
-            random.set_rng_state(checkpoint["random"])
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
+        if checkpoint["device"] == device:  # the generators of CPU and GPU differ
+            device_module.set_rng_state(checkpoint["random"])
     dataset = agent.normalize(s), a, r, agent.normalize(next_s), terminated
     dataset = [x.to(device) for x in dataset]
-
     learn = accelerate(agent, args)  # update; a number of args that is to change would be frozen in it
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-    folder = Path(args.resume or "runs/" + re.sub("[/:]", "-", run_name))
+    env_name = re.sub("[/:]", "-", args.env_id)
+    folder = Path(args.resume or f"runs/{env_name}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
     folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
@@ -584,10 +580,9 @@ def main(args):
     if args.track:
         import wandb
 
-        team = {"project": args.wandb_project_name, "entity": args.wandb_entity}
-        wandb.init(**team, id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
+        wandb.init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed run logged from there on
-    eval_csv = open(f"{folder}/eval.csv", "a", buffering=1)  # noqa: SIM115  written line by line
+    eval_csv = open(f"{folder}/eval.csv", "a", buffering=1)  # written line by line
     if first_step == 0:
         print("step,return_mean,return_std,normalized_score,length_mean", file=eval_csv)
     if args.capture_video:
@@ -608,7 +603,7 @@ def main(args):
             metrics |= learn(batch, noise, step % args.policy_frequency == 0)
 
         evaluate_now = step % args.eval_frequency == 0 or step == args.gradient_steps
-        if step > 0 and (evaluate_now or step % 1000 == 0):
+        if metrics and (evaluate_now or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
             if not math.isfinite(sum(logs.values())) or abs(logs.get("losses/q_values", 0)) > q_limit:
                 writer.add_scalar("eval/diverged", 1, step)
@@ -619,7 +614,7 @@ def main(args):
             logs["charts/SPS"] = (step - first_step + 1) / (time.time() - start_time)
 
         if evaluate_now:
-            agent.eval()
+            agent.eval()  # for a copy with dropout
             returns, lengths = evaluate(agent.act, envs, 1000 * (args.seed + 1))  # always the same episodes
             agent.train()
             score = normalized_score(args, returns.mean())
@@ -630,12 +625,11 @@ def main(args):
                 logs["eval/normalized_score"] = score
                 message += f", score {score:.1f}"
             tqdm.write(message)
-
         for name, value in logs.items():
             writer.add_scalar(name, value, step)
         if evaluate_now:
             writer.flush()
-            checkpoint = {"step": step, "device": device.type, "random": random.get_rng_state()}
+            checkpoint = {"step": step, "device": device, "random": device_module.get_rng_state()}
             checkpoint["agent"] = agent.state_dict()
             checkpoint["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
             torch.save(checkpoint, f"{folder}/checkpoint.tmp")
@@ -647,7 +641,7 @@ def main(args):
 
 if __name__ == "__main__":
     arguments = tyro.cli(Args)
-    if arguments.resume:
+    if arguments.resume:  # the flags given now change that run's arguments
         arguments = tyro.cli(Args, default=read_args(arguments.resume))
     main(arguments)
 
