@@ -557,7 +557,7 @@ def accelerate(agent, args):
         for optimizer in agent.optimizers:  # whose step has decorators that would split the compiled update
             step = inspect.unwrap(type(optimizer).step)
             optimizer.step = torch.no_grad()(functools.partial(step, optimizer))
-        torch._dynamo.config.trace_autograd_ops = True  # takes torch.autograd.grad in
+        torch._dynamo.config.trace_autograd_ops = True  # from torch 2.13: takes torch.autograd.grad in
         learn = torch.compile(learn, fullgraph=True)
     if not (agent.mean.is_cuda and args.cudagraphs):
         return learn
@@ -774,7 +774,7 @@ if __name__ == "__main__":
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch>=2.13.0", "numpy>=2.0", "gymnasium[mujoco]>=1.4,<2", "gymnasium-robotics>=1.4.2,<2",
+#   "torch>=2.6", "numpy>=2.0", "gymnasium[mujoco]>=1.4,<2", "gymnasium-robotics>=1.4.2,<2",
 #   "minari[hdf5,hf]>=0.5.4,<0.6", "tyro>=1.0", "tensorboard>=2.20", "h5py>=3.8", "tqdm>=4.66", "pillow",
 # ]
 # ///
