@@ -16,7 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import gymnasium as gym
 import minari
 import numpy as np
 import torch
@@ -34,18 +33,12 @@ SCRIPTS = {"offline_steps": "dmg_finetune", "online_steps": "iql", "lam": "dmg_o
 
 @dataclasses.dataclass
 class Args:
-    run: tyro.conf.Positional[str]
-    """run folder"""
-    dataset_id: tyro.conf.Positional[str]
-    """Minari id of the new set, in $MINARI_DATASETS_PATH or ~/.minari/datasets"""
-    replay: bool = False
-    """write the run's online transitions instead of new roll-outs"""
-    transitions: int = 300_000
-    """environment steps of the roll-outs"""
-    noise: float = 0.1
-    """standard deviation of the noise on their actions, in units of the action range [-1, 1]"""
-    seed: int = 100
-    """of noise and episodes; one that no training has, or the episodes start where its own did"""
+    run: tyro.conf.Positional[str]  # run folder
+    dataset_id: tyro.conf.Positional[str]  # Minari id of the new set, in $MINARI_DATASETS_PATH
+    replay: bool = False  # write the run's online transitions instead of new roll-outs
+    transitions: int = 300_000  # environment steps of the roll-outs
+    noise: float = 0.1  # standard deviation of the noise on their actions in [-1, 1]
+    seed: int = 100  # of noise and episodes; one that no training has, or episodes start where its own did
 
 
 def script_of(folder):
@@ -56,11 +49,11 @@ def script_of(folder):
 
 
 def roll_out(args, env, agent, trained):
-    """Act for args.transitions steps: transitions as dmg_finetune.py saves them, states not normalised."""
+    """Act for args.transitions steps: transitions as dmg_finetune.py saves them, states as recorded."""
     (state_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
-    widths = (state_dim,), (action_dim,), (), (state_dim,), ()
-    nothing = dmg.Batch(*(torch.empty(0, *width) for width in widths))
-    settings = dmg.Args(trained.env_id, from_scratch=True, online_steps=args.transitions, seed=args.seed)
+    nothing = [torch.empty(0, *shape) for shape in ((state_dim,), (action_dim,), (), (state_dim,), ())]
+    flags = {"from_scratch": True, "learning_starts": 0, "online_steps": args.transitions}
+    settings = dmg.Args(trained.env_id, **flags, seed=args.seed)
     new_agent = dmg.Agent(state_dim, action_dim, settings)  # its mean is 0 and its std 1
     replay = dmg.Replay(nothing, env, new_agent, settings)
     rng = np.random.default_rng(args.seed)
@@ -70,8 +63,8 @@ def roll_out(args, env, agent, trained):
     return replay.state()
 
 
-def saved_replay(checkpoint, trained, agent):
-    """The online transitions of a run of dmg_finetune.py, states not normalised, episode ends from 0."""
+def saved_replay(checkpoint, agent):
+    """The online transitions of a run of dmg_finetune.py, states as recorded."""
     online = checkpoint["online"]
     for k in (0, 3):  # observations, next observations
         online["rows"][k] = online["rows"][k] * agent.std + agent.mean
@@ -108,8 +101,8 @@ def episodes(online, spaces, antmaze):
 
 def description(trained, env):
     """The environment's spec, and the returns that mean a score of 0 and 100 if D4RL knows the robot."""
-    spec = dataclasses.replace(env.spec, additional_wrappers=())  # without those of make_env
-    if not trained.dataset_path and trained.env_id not in gym.registry:
+    spec = dataclasses.replace(env.spec, additional_wrappers=())
+    if not dmg.is_environment(trained.env_id):
         source = dmg.open_minari(trained.env_id)
         spec = source._eval_env_spec or source.env_spec  # with its wrappers
     found = {"env": spec}
@@ -120,24 +113,24 @@ def description(trained, env):
 
 
 def collect(args):
-    """Write the set. Raises InputError and OSError."""
+    """Write the set. Raises ValueError and OSError."""
     script = script_of(args.run)
     trained = script.read_args(args.run)
     if args.replay and script.__name__ != "dmg_finetune":
-        raise dmg.InputError(f"{args.run} is of {script.__name__}.py: --replay needs one of dmg_finetune.py")
-    if trained.env_id in dmg.D4RL_SHA256:
-        raise dmg.InputError(f"a Minari set needs a Gymnasium environment, which {trained.env_id} has not")
+        raise ValueError(f"{args.run} is of {script.__name__}.py: --replay needs one of dmg_finetune.py")
+    if trained.env_id in dmg.D4RL_FILES:
+        raise ValueError(f"a Minari set needs a Gymnasium environment, which {trained.env_id} has not")
     target = get_dataset_path(args.dataset_id)
     if target.exists():
-        raise dmg.InputError(f"{target} exists: delete it or give another id")
-    env = script.make_env(trained)
-    spaces = env.env.env.observation_space, env.env.action_space  # as recorded: our wrappers are taken off
+        raise ValueError(f"{target} exists: delete it or give another id")
+    recorded, env = script.make_raw_env(trained), script.make_env(trained)
     agent = script.Agent(*env.observation_space.shape, *env.action_space.shape, trained)
-    checkpoint = torch.load(Path(args.run, "checkpoint.pt"), map_location="cpu", weights_only=True)
+    checkpoint = torch.load(Path(args.run, "checkpoint.pt"), map_location="cpu")
     agent.load_state_dict(checkpoint["agent"])
-    online = saved_replay(checkpoint, trained, agent) if args.replay else roll_out(args, env, agent, trained)
+    online = saved_replay(checkpoint, agent) if args.replay else roll_out(args, env, agent, trained)
+    spaces = recorded.observation_space, recorded.action_space
     buffers = list(episodes(online, spaces, dmg.is_antmaze(trained)))
-    facts = description(trained, env) | {"algorithm_name": script.__name__}
+    facts = description(trained, recorded) | {"algorithm_name": script.__name__}
     root = get_dataset_path()
     with tempfile.TemporaryDirectory(prefix=".", dir=root) as temporary:
         os.environ["MINARI_DATASETS_PATH"] = temporary  # Minari would write in place
@@ -152,8 +145,4 @@ def collect(args):
 
 
 if __name__ == "__main__":
-    try:
-        collect(tyro.cli(Args))
-    except (OSError, ValueError) as error:  # InputError is a ValueError, and each script has its own
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    collect(tyro.cli(Args))

@@ -1,6 +1,7 @@
 """Run folders -> a row for each evaluation -> runs -> cells, whose runs differ in their seed alone."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 PAPER = pd.read_csv(Path(__file__).with_name("paper.csv"))
 D4RL = [name for name in PAPER.env_id[PAPER.table == 6] if name.endswith("-v2")]
 SCRIPTS = {"offline_steps": "dmg_finetune", "online_steps": "iql", "lam": "dmg_offline"}  # by an argument
-CELL = ["algorithm", "env_id", "dataset", "lam", "nu", "gradient_steps", "online_steps", "flags"]
+CELL = ["algorithm", "script", "env_id", "dataset", "lam", "nu", "gradient_steps", "online_steps", "flags"]
 RUN = [*CELL, "seed", "run"]
-COLUMNS = ["step", "return_mean", "return_std", "normalized_score", "episodes", "wall_seconds"]
-COLUMNS = [*RUN, *COLUMNS, "q_values", "diverged"]
+COLUMNS = [
+    "step",
+    "return_mean",
+    "return_std",
+    "normalized_score",
+    "q_values",
+    "steps_per_second",
+    "diverged",
+]
+COLUMNS = [*RUN, *COLUMNS]
 # arguments that do not change what is learned or how it is scored, and those that have a column
 ASIDE = """seed dataset_path offline_steps checkpoint resume cuda torch_deterministic matmul_precision
     compile cudagraphs eval_frequency capture_video track exp_name wandb_project_name wandb_entity
@@ -22,12 +31,11 @@ ASIDE = {*CELL, *ASIDE.split()}
 
 
 def is_antmaze(env_id):
-    return "antmaze" in env_id.lower().replace("_", "")
+    return "antmaze" in re.findall("[a-z]+", env_id.lower())
 
 
-def algorithm(args):
-    """Name in the paper's tables, or --exp-name where the user gave one."""
-    script = next((script for key, script in SCRIPTS.items() if key in args), "td3bc")
+def algorithm(args, script):
+    """Name in the paper's tables, or exp_name where it is not the script's: of a copy, or the user's."""
     if args.get("exp_name", script) != script:
         return args["exp_name"]
     if args.get("from_scratch"):
@@ -40,12 +48,11 @@ def algorithm(args):
     return "DMG" if name == "IQL" else f"{name}+DMG"
 
 
-def scalars(folder, tag):
-    """{step: value} of a TensorBoard tag; nothing where the log or the tag is missing."""
+def read_events(folder):
+    """{tag: {step: value}} of a run's TensorBoard log."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    if tag not in events.Tags()["scalars"]:
-        return {}
-    return {event.step: event.value for event in events.Scalars(tag)}
+    tags = events.Tags()["scalars"]
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags}
 
 
 def read_run(path):
@@ -56,20 +63,27 @@ def read_run(path):
     kept = path.name != "args.json"
     csv = path.with_suffix(".csv") if kept else path.with_name("eval.csv")
     args = json.loads(path.read_text())
-    data = pd.read_csv(csv, float_precision="round_trip") if csv.exists() else pd.DataFrame({"step": []})
-    q_values = {} if kept else scalars(path.parent, "losses/q_values")
-    diverged = {} if kept else scalars(path.parent, "eval/diverged")
-    data["q_values"] = data.step.map(q_values)
-    data["diverged"] = 0
-    if diverged:
-        data = pd.concat([data, pd.DataFrame({"step": list(diverged), "diverged": 1})])
+    data = pd.DataFrame({"step": [], "return_mean": []})
+    if csv.exists():
+        data = pd.read_csv(csv, float_precision="round_trip")  # "None", an older run's, is NaN
+    # a resumed run does steps again: a row replaces those above it of its own and of later steps
+    below = data.step[::-1].cummin()[::-1].shift(-1, fill_value=np.inf)
+    data = data[data.step < below]
+    data["diverged"] = data.return_mean.isna().astype(int)  # the row that a diverged run ends with
+    events = {} if kept else read_events(path.parent)
+    data["q_values"] = data.step.map(events.get("losses/q_values", {}))
+    data["steps_per_second"] = data.step.map(events.get("charts/SPS", {}))
+    diverged = {*events.get("eval/diverged", {})} - {*data.step}  # an older run had no such row
+    data = pd.concat([data, pd.DataFrame({"step": sorted(diverged), "diverged": 1})])
+    script = next((script for key, script in SCRIPTS.items() if key in args), "td3bc")
     if args.get("in_sample") == "iql":
         args.pop("in_sample_temperature")  # not in use
-    if args.get("normalize_states") == (not is_antmaze(args["env_id"])):
+    if args.get("normalize_states") == (script != "iql" and not is_antmaze(args["env_id"])):
         args.pop("normalize_states")  # the default, which older versions did not write
     online = args.get("online_steps", 0)
     offline = args.get("gradient_steps", args.get("offline_steps"))
-    data["algorithm"] = algorithm(args)
+    data["algorithm"] = algorithm(args, script)
+    data["script"] = args.get("script", "")[:8]  # of its bytes; an older run has none
     data["run"] = path.stem if kept else path.parent.name
     data["dataset"] = Path(args["dataset_path"] or "").name
     for name in ("env_id", "lam", "nu", "seed"):
@@ -87,7 +101,8 @@ def collect(sources):
     found = []
     for source in map(Path, sources):
         if source.suffix == ".csv" and source.exists():
-            found.append(pd.read_csv(source, float_precision="round_trip")[COLUMNS])
+            earlier = pd.read_csv(source, float_precision="round_trip", dtype={"script": str})
+            found.append(earlier.reindex(columns=COLUMNS))
         for path in sorted(source.rglob("*.json")):
             if path.name != "args.json" and not path.with_suffix(".csv").exists():
                 continue
@@ -99,10 +114,9 @@ def collect(sources):
         raise ValueError(f"no runs in {' '.join(map(str, sources))}")
     found = [x.dropna(axis=1, how="all") for x in found]
     data = pd.concat(found, ignore_index=True).reindex(columns=COLUMNS)
-    for name in ("dataset", "flags"):
+    for name in ("script", "dataset", "flags"):
         data[name] = data[name].fillna("")
-    data = data.drop_duplicates([*RUN, "step", "diverged"], keep="last")
-    return data.sort_values([*RUN, "step"])
+    return data.drop_duplicates([*RUN, "step", "diverged"], keep="last").sort_values([*RUN, "step"])
 
 
 def kind_of(cell):
@@ -123,8 +137,7 @@ def summarise_runs(data):
         row |= {"state": "unfinished", "step": 0, "score": np.nan}
         row["raw"] = evaluated.normalized_score.isna().all()
         if len(evaluated):
-            last = evaluated.iloc[-1]
-            row |= {name: last[name] for name in ("step", "q_values", "wall_seconds")}
+            row |= dict(evaluated[["step", "q_values", "steps_per_second"]].iloc[-1])
             row["score"] = score.iloc[-1]
             row["handed_over"] = score[evaluated.step == row["gradient_steps"]].max()
         if row["step"] >= row["gradient_steps"] + row["online_steps"]:
@@ -137,12 +150,26 @@ def summarise_runs(data):
     return runs.sort_values([*CELL, "seed"], ignore_index=True)
 
 
-def is_default(cell):
-    """Whether lam and nu are those of App. C.1."""
+def paper_values(cell):
+    """lam and nu of App. C.1, where they mean something."""
     if "DMG" not in cell.algorithm:
-        return True
-    nu = 10 if "expert" in cell.env_id + cell.dataset else 0.1
-    return cell.lam == 0.25 and cell.nu == (0.5 if is_antmaze(cell.env_id) else nu)
+        return {}
+    words = re.findall("[a-z]+", f"{cell.env_id} {cell.dataset}".lower())
+    return {"lam": 0.25, "nu": 0.5 if is_antmaze(cell.env_id) else 10.0 if "expert" in words else 0.1}
+
+
+def settings(cell, first):
+    """What a cell has other than the first of its algorithm on this set, and than the paper."""
+
+    def values(x):
+        found = dict(flag.split("=", 1) for flag in x["flags"].split())
+        found |= {name: f"{x[name]:g}" for name in ("lam", "nu") if not pd.isna(x[name])}
+        return found | {"steps": f"{x.gradient_steps:.0f}"}
+
+    common = values(first) | {name: f"{x:g}" for name, x in paper_values(cell).items()}
+    own = values(cell)
+    names = [name for name in own | common if own.get(name) != common.get(name)]
+    return " ".join(f"{name}={own.get(name)}" for name in names)
 
 
 def summarise_cells(runs):
@@ -158,12 +185,9 @@ def summarise_cells(runs):
             counted = cell[(cell.state == "unfinished") & cell.score.notna()]
         row |= {"n": len(counted), "step": counted.step.min(), "raw": cell.raw.all()}
         row["mean"], row["std"] = counted.score.mean(), counted.score.std()
-        row["q_values"] = counted.q_values.mean()
-        row["handed_over"] = counted.handed_over.mean()
-        row["handed_over_std"] = counted.handed_over.std()
-        row["hours"] = (counted.wall_seconds / counted.step).mean() * 1e6 / 3600
-        for state in ("diverged", "unfinished"):
-            row[state] = (cell.state == state).sum()
+        row["q_values"], row["steps_per_second"] = counted.q_values.mean(), counted.steps_per_second.mean()
+        row["handed_over"], row["handed_over_std"] = counted.handed_over.mean(), counted.handed_over.std()
+        row |= {state: (cell.state == state).sum() for state in ("diverged", "unfinished")}
         cells.append(row)
     cells = pd.DataFrame(cells)
     cells["data"] = cells.apply(kind_of, axis=1)
@@ -171,15 +195,17 @@ def summarise_cells(runs):
     cells["length"] = cells.gradient_steps.where(cells.data != "D4RL made again", 0)
     cells["set"] = cells.env_id + cells.dataset.map(lambda name: f" ({name})" if name else "")
     cells["rank"] = [[*D4RL, x].index(x) for x in cells.env_id]  # the paper's order
-    cells["default"] = cells.apply(is_default, axis=1)
-    return cells.sort_values(["data", "rank", "set", "algorithm"], ignore_index=True)
-
-
-def choose(cells):
-    """The cells of the tables: the paper's lam and nu, and of other flags those with most runs and steps."""
-    chosen = cells[cells.default].sort_values(["n", "step"], ascending=False, kind="stable")
-    chosen = chosen.drop_duplicates(["algorithm", "set", "data", "length", "online_steps"])
-    return chosen.sort_index()
+    # a name by itself where all its runs are of one script
+    several = cells.groupby("algorithm").script.transform("nunique") > 1
+    suffix = " (script " + cells.script.str[:6] + ")"
+    cells["label"] = cells.algorithm + suffix.where(several & (cells.script != ""), "")
+    # first of its label on a set: the paper's lam and nu, then most runs and steps
+    cells["default"] = [settings(cell, cell) == "" for _, cell in cells.iterrows()]
+    cells = cells.sort_values(["default", "n", "step"], ascending=False, kind="stable")
+    for _, group in cells.groupby(["label", "set", "data", "length", "online_steps"]):
+        for number, cell in group.iterrows():
+            cells.loc[number, "settings"] = settings(cell, group.iloc[0])
+    return cells.sort_values(["data", "rank", "set", "settings", "label"], ignore_index=True)
 
 
 def of_cell(rows, cell):

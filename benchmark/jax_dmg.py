@@ -10,9 +10,8 @@ from jax import tree
 def mlp_init(key, n_in, n_out, *nets):
     layers = []
     for size in ((n_in, 256), (256, 256), (256, n_out)):
-        w = jax.random.normal(key, (*nets, *size))
-        b = jnp.zeros((*nets, 1, size[1]))
-        layers.append((w / size[0] ** 0.5, b))
+        w = jax.random.normal(key, (*nets, *size)) / size[0] ** 0.5
+        layers.append((w, jnp.zeros((*nets, 1, size[1]))))
     return layers
 
 
@@ -38,11 +37,8 @@ def adam(loss, p, state):
     rate = 3e-4 / (1 - 0.9**t)
     root = jnp.sqrt(1 - 0.999**t)
 
-    def step(p, m, v):
-        divisor = jnp.sqrt(v) / root + 1e-8
-        return p - rate * m / divisor
-
-    return tree.map(step, p, m, v), (m, v, t)
+    p = tree.map(lambda p, m, v: p - rate * m / (jnp.sqrt(v) / root + 1e-8), p, m, v)
+    return p, (m, v, t)
 
 
 def start(key, state_dim, action_dim):
@@ -55,34 +51,26 @@ def start(key, state_dim, action_dim):
     for name, net in nets.items():
         zeros = tree.map(jnp.zeros_like, net)
         states[name] = zeros, zeros, jnp.zeros(())
-    nets["pi_target"] = nets["pi"]
-    nets["q_target"] = nets["q"]
-    return nets, states
+    return nets | {"pi_target": nets["pi"], "q_target": nets["q"]}, states
 
 
 def update(nets, states, batch, noise, update_actor):
     s, a, r, next_s, terminated = batch
-    nets = dict(nets)
-    states = dict(states)
+    nets, states = dict(nets), dict(states)
     target_q = values(nets["q_target"], s, a).min(0)
 
     def value_loss(p):
         u = target_q - values(p, s)
-        expectile = jnp.abs(0.7 - (u < 0))
-        return (expectile * u**2).mean()
+        return (jnp.abs(0.7 - (u < 0)) * u**2).mean()
 
     nets["v"], states["v"] = adam(value_loss, nets["v"], states["v"])
-    smoothing = jnp.clip(0.2 * noise, -0.5, 0.5)
-    next_a = jnp.tanh(mlp(nets["pi_target"], next_s))
-    next_a = jnp.clip(next_a + smoothing, -1, 1)
+    next_a = jnp.tanh(mlp(nets["pi_target"], next_s)) + jnp.clip(0.2 * noise, -0.5, 0.5)
+    next_a = jnp.clip(next_a, -1, 1)
     mild = values(nets["q_target"], next_s, next_a).min(0)
-    in_sample = values(nets["v"], next_s)
-    target = 0.25 * mild + 0.75 * in_sample
-    y = r + 0.99 * (1 - terminated) * target
+    y = r + 0.99 * (1 - terminated) * (0.25 * mild + 0.75 * values(nets["v"], next_s))
 
     def critic_loss(p):
-        error = values(p, s, a) - y
-        return (error**2).mean(1).sum()
+        return ((values(p, s, a) - y) ** 2).mean(1).sum()
 
     nets["q"], states["q"] = adam(critic_loss, nets["q"], states["q"])
     if not update_actor:
@@ -93,17 +81,13 @@ def update(nets, states, batch, noise, update_actor):
     def actor_loss(p):
         pi = jnp.tanh(mlp(p, s))
         q = values(nets["q"], s, pi).min(0)
-        scale = jax.lax.stop_gradient(jnp.abs(q).mean())
         penalty = (weight[:, None] * (pi - a) ** 2).mean()
-        return -q.mean() / scale + 0.1 * penalty
+        return -q.mean() / jax.lax.stop_gradient(jnp.abs(q).mean()) + 0.1 * penalty
 
     nets["pi"], states["pi"] = adam(actor_loss, nets["pi"], states["pi"])
-
-    def move(target, p):
-        return target + 0.005 * (p - target)
-
-    nets["pi_target"] = tree.map(move, nets["pi_target"], nets["pi"])
-    nets["q_target"] = tree.map(move, nets["q_target"], nets["q"])
+    for name in ("pi", "q"):
+        move = lambda target, p: target + 0.005 * (p - target)  # noqa: E731
+        nets[f"{name}_target"] = tree.map(move, nets[f"{name}_target"], nets[name])
     return nets, states
 
 

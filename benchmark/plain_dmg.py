@@ -3,17 +3,12 @@
 import copy
 
 import torch
-import torch.nn as nn
+from torch import nn
 
 
 def mlp(n_in, n_out):
-    return nn.Sequential(
-        nn.Linear(n_in, 256),
-        nn.ReLU(),
-        nn.Linear(256, 256),
-        nn.ReLU(),
-        nn.Linear(256, n_out),
-    )
+    first, second = nn.Linear(n_in, 256), nn.Linear(256, 256)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(256, n_out))
 
 
 def q_min(critic, s, a):
@@ -33,7 +28,7 @@ class PlainDMG:
         for net in (self.actor, self.value, self.critic):
             self.optimizers[net] = torch.optim.Adam(net.parameters(), lr=3e-4)
 
-    def minimise(self, net, loss):
+    def minimize(self, net, loss):
         self.optimizers[net].zero_grad()
         loss.backward()
         self.optimizers[net].step()
@@ -43,20 +38,14 @@ class PlainDMG:
         with torch.no_grad():
             target_q = q_min(self.critic_target, s, a)
         u = target_q - self.value(s).squeeze(1)
-        expectile = (0.7 - (u < 0).float()).abs()
-        self.minimise(self.value, (expectile * u**2).mean())
+        self.minimize(self.value, ((0.7 - (u < 0).float()).abs() * u**2).mean())
         with torch.no_grad():
             smoothing = (0.2 * noise).clamp(-0.5, 0.5)
             next_a = self.actor_target(next_s) + smoothing
             mild = q_min(self.critic_target, next_s, next_a.clamp(-1, 1))
-            in_sample = self.value(next_s).squeeze(1)
-            y = r + 0.99 * (1 - terminated) * (0.25 * mild + 0.75 * in_sample)
+            y = r + 0.99 * (1 - terminated) * (0.25 * mild + 0.75 * self.value(next_s).squeeze(1))
         sa = torch.cat([s, a], 1)
-        loss = 0
-        for q in self.critic:
-            error = q(sa).squeeze(1) - y
-            loss = loss + (error**2).mean()
-        self.minimise(self.critic, loss)
+        self.minimize(self.critic, sum(((q(sa).squeeze(1) - y) ** 2).mean() for q in self.critic))
         if update_actor:
             pi = self.actor(s)
             q = q_min(self.critic, s, pi)
@@ -65,7 +54,7 @@ class PlainDMG:
                 weight = torch.exp(3 * advantage).clamp(max=3)
             penalty = (weight.unsqueeze(1) * (pi - a) ** 2).mean()
             scale = q.abs().mean().detach()
-            self.minimise(self.actor, -q.mean() / scale + 0.1 * penalty)
+            self.minimize(self.actor, -q.mean() / scale + 0.1 * penalty)
             self.move(self.actor, self.actor_target)
             self.move(self.critic, self.critic_target)
 

@@ -39,27 +39,24 @@ REWARDED_GOALS = {
 }
 # D4RL's own umaze file has goals up to 3 m from the corner of their cell; its published code draws 0.5 here
 GOAL_NOISE = 2
+AUDIT = Path(__file__).with_name("results") / "antmaze_umaze_v2_goals.csv"
 
 
 @dataclasses.dataclass
 class Args:
-    name: tyro.conf.Positional[str]
-    """a D4RL v2 name: one of the six mazes, or of a robot with --sac"""
-    policies: str
-    sac: tuple[str, ...] = ()
-    """the policies that make a locomotion set, in equal parts: file names without extension"""
-    out: str | None = None
-    """the file (None: the name and .hdf5)"""
-    steps: int = 1_000_000
-    """rows"""
-    goal: tuple[float, float] | None = None
-    """x and y of the goal that a maze's rewards are for, in metres (None: the set's own, REWARDED_GOALS)"""
+    name: tyro.conf.Positional[str]  # a D4RL v2 name: one of the six mazes, or of a robot with --sac
+    policies: str = ""  # folder of the policies
+    sac: tuple[str, ...] = ()  # file names without extension of a robot's policies, which make equal parts
+    out: str | None = None  # the file (None: the name and .hdf5)
+    steps: int = 1_000_000  # rows
+    goal: tuple[float, float] | None = None  # of a maze's rewards, x and y in metres (None: REWARDED_GOALS)
     seed: int = 0
+    goals_picture: str | None = None  # draw the goals of D4RL's own umaze and of ours here, collect nothing
 
     def __post_init__(self):
-        names = [name for name in dmg.D4RL_SHA256 if ("antmaze" in name) == (not self.sac)]
+        names = [name for name in dmg.D4RL_FILES if ("antmaze" in name) == (not self.sac)]
         if self.name not in names:
-            raise dmg.InputError(f"{self.name} is none of {', '.join(names)} (robots need --sac)")
+            raise ValueError(f"{self.name} is none of {', '.join(names)} (robots need --sac)")
         self.out = self.out or f"{self.name}.hdf5"
 
 
@@ -108,7 +105,7 @@ def read_policy(folder, *names):
     """float64 weights {layer__weight, layer__bias} of the first of these names, .npz or .pkl."""
     paths = [path for name in names for path in sorted(Path(folder).glob(f"{name}.*"))]
     if not paths:
-        raise dmg.InputError(f"{folder} has no {' or '.join(names)}, neither .npz nor .pkl")
+        raise ValueError(f"{folder} has no {' or '.join(names)}, neither .npz nor .pkl")
     with paths[0].open("rb") as file:
         saved = np.load(file) if paths[0].suffix == ".npz" else Reader(file).load()  # load refuses pickles
         saved = read_ant(file) if isinstance(saved, int) else saved  # torch's magic number
@@ -151,7 +148,7 @@ class Maze:
 
         size, many_goals = name.split("-")[1], "diverse" in name
         grid = {"umaze": maps.U_MAZE, "medium": maps.MEDIUM_MAZE, "large": maps.LARGE_MAZE}[size]
-        self.env = dmg.D4RLAntMaze(size)
+        self.env = dmg.make_raw_env(dmg.Args(name)).unwrapped  # with D4RL's inertia
         self.rng = rng
         self.free = [tuple(cell) for cell in np.argwhere(np.array(grid) != 1).tolist()]
         self.goal_cells = self.free if many_goals else GOAL_CELLS[size]
@@ -224,7 +221,8 @@ def collect_locomotion(args):
     rng = np.random.default_rng(args.seed)
     n = args.steps // len(args.sac)
     env = dmg.make_env(dmg.Args(env_id=args.name))
-    columns = {name: [] for name in dmg.COLUMNS}
+    names = "observations actions rewards terminals timeouts next_observations"
+    columns = {name: [] for name in names.split()}
     for part, policy in enumerate(args.sac):
         weights = read_policy(args.policies, policy)
         state, _ = env.reset(seed=args.seed * 1000 + part)
@@ -239,8 +237,29 @@ def collect_locomotion(args):
     return columns, {}
 
 
+def draw_goals(path):
+    """The commanded goals of D4RL's own umaze file and as many of ours, in its last corridor."""
+    import matplotlib.pyplot as plt
+
+    audit = np.loadtxt(AUDIT, delimiter=",")
+    maze = Maze("antmaze-umaze-v2", np.random.default_rng(0))
+    ours = np.array([(maze.reset(), maze.goal)[1] for _ in audit])
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.3), sharey=True, layout="constrained")
+    for axis, goals, name in zip(axes, (audit, ours), ("D4RL's own file", "made again"), strict=True):
+        for i, j in np.argwhere(np.pad([[0, 0, 0], [1, 1, 0], [0, 0, 0]], 1, constant_values=1)):
+            axis.add_patch(plt.Rectangle(corner((i, j)) - 2, 4, 4, color="0.8"))  # a wall
+        axis.scatter(*goals.T, s=4, color="#c0504d")
+        for width, line, label in (1.5, "--", "range in D4RL's code"), (3, "-", "range in this project"):
+            box = {"fill": False, "linestyle": line, "linewidth": 2, "label": label, "zorder": 3}
+            axis.add_patch(plt.Rectangle(corner((3, 1)), width, width, **box))
+        axis.set(xlim=(-3, 7), ylim=(5, 12), aspect="equal", xlabel="x (m)", ylabel="y (m)")
+        axis.set_title(f"{name}: {len(goals):,} goals in umaze's last corridor")
+        axis.legend(loc="lower right")
+    figure.savefig(path, dpi=100)
+
+
 def regenerate(args):
-    """Write the file; it has its name only when it is whole."""
+    """Write the file; it has its name only when all is in it."""
     collect = collect_locomotion if args.sac else collect_maze
     columns, attributes = collect(args)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -255,8 +274,5 @@ def regenerate(args):
 
 
 if __name__ == "__main__":
-    try:
-        regenerate(tyro.cli(Args))
-    except dmg.InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    arguments = tyro.cli(Args)
+    draw_goals(arguments.goals_picture) if arguments.goals_picture else regenerate(arguments)

@@ -9,15 +9,14 @@ instead of the run folders later.
 
 import dataclasses
 import itertools
-import sys
+from colorsys import hsv_to_rgb
 from pathlib import Path
-from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from evaluations import PAPER, choose, collect, of_cell, summarise_cells, summarise_runs
+from evaluations import PAPER, collect, of_cell, summarise_cells, summarise_runs
 from matplotlib.ticker import EngFormatter
 from rliable import library as rly
 from rliable import metrics
@@ -35,18 +34,25 @@ PAPER_HEADING = {"D4RL v2": "paper", "D4RL made again": "paper, original data, 1
 
 @dataclasses.dataclass
 class Args:
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """folders that hold run folders, at any depth, and evaluations.csv files of earlier reports"""
-    folder: Path = Path("report")
-    """where the report goes"""
-    bootstrap_samples: int = 2000
-    """samples of rliable's stratified bootstrap"""
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs at any depth, earlier evaluations.csv
+    folder: Path = Path("report")  # where the report goes
+    bootstrap_samples: int = 2000  # samples of rliable's stratified bootstrap
 
 
 def in_order(names):
-    """Algorithms in the order of STYLES, others behind."""
+    """Labels in the order of STYLES, others behind."""
     known = [name for name in STYLES if name in set(names)]
     return known + sorted(set(names) - set(known))
+
+
+def legend_of(cells):
+    return (cells.label + " " + cells.settings).str.strip()
+
+
+def styles_of(cells):
+    """{label: (colour, line)}, no two the same."""
+    others = sorted({*legend_of(cells)} - {*STYLES})
+    return STYLES | {x: (hsv_to_rgb(k / len(others), 0.9, 0.75), "-") for k, x in enumerate(others)}
 
 
 # ---- tables ----
@@ -76,40 +82,34 @@ def paper_text(table, env_id, name):
 
 
 def score_table(part):
-    """Rows for the sets, two columns for each algorithm: ours, and the paper's where it has one."""
+    """Rows: sets, then their other settings. Columns: each algorithm, and the paper's where it has one."""
     heading = PAPER_HEADING.get(part.data.iloc[0])
     online = part.online_steps.iloc[0] > 0
     rows = []
-    for shown, cells in part.groupby("set", sort=False):
-        row = {"data": shown}
-        for name in in_order(part.algorithm):
-            cell = cells[cells.algorithm == name]
-            columns = {name: (4 if online else TABLES.get(name), "mean", "std")}
+    for (shown, settings), cells in part.groupby(["set", "settings"], sort=False):
+        row = {"data": f"{shown} {settings}".strip()}
+        for label in in_order(part.label):
+            name = part[part.label == label].algorithm.iloc[0]
+            cell = cells[cells.label == label]
+            columns = {"": (4 if online else TABLES.get(name), "mean", "std")}
             if online and name != "TD3":
-                columns = {f"{name} offline": (4, "handed_over", "handed_over_std")}
-                columns[f"{name} online"] = 4, "mean", "std"
-            for title, (table, mean, std) in columns.items():
-                row[title] = score_text(cell.iloc[0], mean, std) if len(cell) else ""
-                if heading:
-                    row[f"{title} ({heading})"] = paper_text(table, cells.env_id.iloc[0], title)
+                columns = {" offline": (4, "handed_over", "handed_over_std"), " online": (4, "mean", "std")}
+            for word, (table, mean, std) in columns.items():
+                row[label + word] = score_text(cell.iloc[0], mean, std) if len(cell) else ""
+                if heading and (PAPER.algorithm == name + word).any():
+                    paper = "" if settings else paper_text(table, cells.env_id.iloc[0], name + word)
+                    row[f"{label}{word} ({heading})"] = paper
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def overview(cells):
-    """Every cell, with what tells it from the others."""
-    flags = cells["flags"].str.split().map(set)
-    common = flags.groupby(cells.algorithm).agg(lambda x: set.intersection(*x))
-    rows = []
-    for number, cell in cells.iterrows():
-        steps = f"{cell.gradient_steps:,.0f}" + (f" + {cell.online_steps:,.0f}" if cell.online_steps else "")
-        row = {"data": cell.set, "algorithm": cell.algorithm, "lam": cell.lam, "nu": cell.nu, "steps": steps}
-        row |= {"last score (return if raw)": score_text(cell) + (", raw" if cell.raw else "")}
-        row["mean Q"] = round(cell.q_values, 1)
-        row["hours per 1M steps"] = round(cell.hours, 2)
-        row["flags"] = " ".join(sorted(flags[number] - common[cell.algorithm]))
-        rows.append(row)
-    return pd.DataFrame(rows)
+    """Every cell, with lam, nu, Q and speed."""
+    steps = cells[["gradient_steps", "online_steps"]].map("{:,.0f}".format)
+    table = pd.concat([cells[["set", "label", "settings", "lam", "nu"]], steps], axis=1)
+    scores = [score_text(cell) + ", raw" * cell.raw for _, cell in cells.iterrows()]
+    numbers = {"mean Q": cells.q_values.round(1), "steps/s": cells.steps_per_second.round(1)}
+    return table.assign(**{"last score (return if raw)": scores} | numbers)
 
 
 def markdown(table):
@@ -120,15 +120,15 @@ def markdown(table):
 
 
 # ---- figures ----
-def draw_cell(axis, cell, data, runs):
+def draw_cell(axis, cell, data, runs, style, label):
     """A curve: mean over seeds, shaded the sample deviation; a cross where a seed diverged."""
     counted = of_cell(runs, cell)
     rows = of_cell(data, cell)
     rows = rows[rows.run.isin(counted.run) & (rows.diverged == 0)]
     by_step = rows.normalized_score.fillna(rows.return_mean).groupby(rows.step)
     mean, std = by_step.mean(), by_step.std().fillna(0)
-    color, line = STYLES.get(cell.algorithm, (f"C{len(cell.algorithm) % 10}", "-"))
-    axis.plot(mean.index, mean, line, color=color, label=cell.algorithm)
+    color, line = style
+    axis.plot(mean.index, mean, line, color=color, label=label)
     axis.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
     for _, run in counted[counted.state == "diverged"].iterrows():
         axis.plot(run.step, run.score, "x", color=color, markersize=9, markeredgewidth=2)
@@ -136,7 +136,7 @@ def draw_cell(axis, cell, data, runs):
         axis.axvline(cell.gradient_steps, color="grey", linestyle=":", linewidth=1)
 
 
-def curves(data, runs, part, path):
+def curves(data, runs, part, styles, path):
     """Figs. 4 to 6: a panel for each set; dotted the hand-over, or the paper's DMG on the original data."""
     sets = part["set"].unique()
     height, width = -(-len(sets) // 3), min(len(sets), 3)
@@ -147,26 +147,25 @@ def curves(data, runs, part, path):
             axis.set_visible(False)
             continue
         cells = part[part["set"] == shown]
-        for name in in_order(cells.algorithm):
-            draw_cell(axis, cells[cells.algorithm == name].iloc[0], data, runs)
+        labels = legend_of(cells)
+        for label in in_order(labels):
+            draw_cell(axis, cells[labels == label].iloc[0], data, runs, styles[label], label)
         paper = paper_text(2, cells.env_id.iloc[0], "DMG").split(" ")[0]
         if paper and not cells.online_steps.any():
             label = "DMG, paper, original data, 1M steps"
             axis.axhline(float(paper), color="black", linestyle=":", linewidth=1, label=label)
-        unit = "return (reward)" if cells.raw.all() else "normalised score (%)"
-        axis.set_xlabel("gradient steps" + ", then environment steps" * bool(cells.online_steps.any()))
-        axis.set_ylabel(unit)
+        steps = "gradient steps" + ", then environment steps" * bool(cells.online_steps.any())
+        unit = "return (reward)" if cells.raw.all() else "normalized score (%)"
+        axis.set(xlabel=steps, ylabel=unit)
         axis.set_title(shown, fontsize=9)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
         low, high = axis.get_ylim()
         axis.set_ylim(low, max(high, low + 1))  # a flat curve is not magnified
-    labels = {}
-    for axis in axes.flat[: len(sets)]:
-        lines, names = axis.get_legend_handles_labels()
-        labels |= dict(zip(names, lines, strict=True))
-    place = {"loc": "outside lower center", "ncols": min(4, len(labels))}
-    figure.legend(labels.values(), labels, frameon=False, **place)
+    legends = [axis.get_legend_handles_labels() for axis in axes.flat[: len(sets)]]
+    labels = {name: line for lines, names in legends for line, name in zip(lines, names, strict=True)}
+    place = {"loc": "outside lower center", "ncols": min(4, len(labels)), "frameon": False}
+    figure.legend(labels.values(), labels, **place)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return f"![{path.stem}]({path.name})\n"
@@ -174,18 +173,15 @@ def curves(data, runs, part, path):
 
 # ---- rliable ----
 def seed_scores(part, runs):
-    """{algorithm: (seeds, sets)}, and the sets: those on which every algorithm has two finished seeds."""
-    part = part[(part.n > 1) & ~part.raw & (part.step >= part.gradient_steps + part.online_steps)]
-    by_algorithm = part.groupby("algorithm")["set"].agg(set)
-    sets = sorted(set.intersection(*by_algorithm)) if len(part) else []
+    """{label: (seeds, sets)}, and the sets: those on which every label has two finished seeds."""
+    part = part[(part.n > 1) & ~part.raw & (part.settings == "")]
+    part = part[part.step >= part.gradient_steps + part.online_steps]
+    sets = sorted(set.intersection(*part.groupby("label")["set"].agg(set))) if len(part) else []
     scores = {}
-    for name in in_order(part.algorithm) if sets else []:
-        cells = part[part["set"].isin(sets) & (part.algorithm == name)].sort_values("set")
-        columns = []
-        for _, cell in cells.iterrows():
-            finished = of_cell(runs, cell).query("state == 'finished'")
-            columns.append(finished.score.values[: cells.n.min()])
-        scores[name] = np.stack(columns, 1)
+    for label in in_order(part.label) if sets else []:
+        cells = part[part["set"].isin(sets) & (part.label == label)].sort_values("set")
+        finished = [of_cell(runs, cell).query("state == 'finished'") for _, cell in cells.iterrows()]
+        scores[label] = np.stack([x.score.values[: cells.n.min()] for x in finished], 1)
     return scores, sets
 
 
@@ -211,18 +207,20 @@ def report(args):
     data = collect(args.runs)
     runs = summarise_runs(data)
     cells = summarise_cells(runs)
+    styles = styles_of(cells)
     args.folder.mkdir(parents=True, exist_ok=True)
     data.to_csv(args.folder / "evaluations.csv", index=False)
     text = ["# Report\n", "Last score, mean ± sample deviation over seeds. lam and nu as in App. C.1.\n"]
+    text.append("A row or curve with settings: what differs from the one without them, or from App. C.1.\n")
     text.append("A curve: mean over seeds, shaded their deviation; a cross: a seed diverged.\n")
-    for (kind, steps, online), part in choose(cells).groupby(["data", "length", "online_steps"]):
+    for (kind, steps, online), part in cells.groupby(["data", "length", "online_steps"]):
         title = kind + f", {steps:,.0f} gradient steps" * bool(steps)
         title += f", {online:,.0f} online steps" * bool(online)
         slug = title.lower().replace(",", "").replace(" ", "-")
         table = score_table(part)
         table.to_csv(args.folder / f"{slug}.csv", index=False)
         text += [f"## {title}\n", markdown(table)]
-        text.append(curves(data, runs, part, args.folder / f"{slug}.png"))
+        text.append(curves(data, runs, part, styles, args.folder / f"{slug}.png"))
         scores, sets = seed_scores(part, runs)
         if scores:
             text.append(f"rliable, stratified bootstrap, 95 %, over {', '.join(sets)}:\n")
@@ -233,8 +231,4 @@ def report(args):
 
 
 if __name__ == "__main__":
-    try:
-        report(tyro.cli(Args, description=__doc__))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    report(tyro.cli(Args, description=__doc__))

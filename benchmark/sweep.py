@@ -1,4 +1,4 @@
-"""Run scripts x --env-ids x --values x --seeds with Ray; the same command again goes on where it was.
+"""Run scripts x --env-ids x --values x --seeds with Ray; the same command again resumes.
 
     python benchmark/sweep.py --env-ids hopper-medium-v2 walker2d-medium-v2 --values lam=0,0.25 --seeds 0 1
 
@@ -24,32 +24,29 @@ from pathlib import Path
 import ray
 import tyro
 
-STATES = {0: "finished", 2: "wrong input", 3: "diverged", None: "running or killed"}  # by exit code
+STATES = {0: "finished", 2: "wrong input", None: "running or killed"}  # by exit code
+ERRORS = {"FloatingPointError": "diverged", "ValueError": "wrong input"}  # by what a script died of
 DONE = "finished", "diverged"
-PATHS = ("dataset-path", "checkpoint")  # flags that hold a path: the runs work in other folders
+PATHS = ("dataset-path", "checkpoint")  # flags that contain a path: the runs work in other folders
+PLACES = "MINARI_DATASETS_PATH", "D4RL_DATASET_DIR"  # and so do these
+PLACES = {x: str(Path(os.environ[x]).expanduser().resolve()) for x in PLACES if os.environ.get(x)}
 
 
 @dataclasses.dataclass
 class Args:
-    env_ids: tuple[str, ...]
-    """--env-id of the runs"""
+    env_ids: tuple[str, ...]  # --env-id of the runs
     scripts: tuple[str, ...] = ("dmg_offline.py",)
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """--seed of the runs"""
-    values: tuple[str, ...] = ()
-    """flags of the runs, name=value or name=value,value: all combinations run; a switch (no-cuda) has no ="""
-    folder: Path = Path("benchmark-runs")
-    """where the runs are kept; every node of a cluster must see it under this path"""
-    retries: int = 3
-    """how often a run that failed or was killed is started again, from its checkpoint"""
-    cpus_per_run: float = 1
-    """CPUs that a run takes, and its OMP_NUM_THREADS"""
-    gpus_per_run: float = 0
-    """GPUs that a run takes; with 0.25 four runs share one, with 0 a run sees none"""
-    ray_address: str | None = None
-    """a running Ray cluster, host:port or auto (default: a cluster on this machine while the sweep lasts)"""
-    dry_run: bool = False
-    """print the commands and what has become of them, run nothing"""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # --seed of the runs
+    values: tuple[str, ...] = ()  # name=value or name=value,value: all combinations run; a switch has no =
+    folder: Path = Path("benchmark-runs")  # of all runs; each node of a cluster must see it under this path
+    retries: int = 3  # how often a run that failed or was killed is started again, from its checkpoint
+    cpus_per_run: float = 1  # CPUs that a run takes, and its OMP_NUM_THREADS
+    gpus_per_run: float = 0  # GPUs that a run takes; with 0.25 four runs share one, with 0 a run sees none
+    ray_address: str | None = None  # a running Ray cluster, host:port or auto (None: this machine)
+    dry_run: bool = False  # print the commands and what has become of them, run nothing
+
+    def __post_init__(self):
+        plan(self)  # its ValueError is shown as a sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,24 +65,26 @@ class Run:
     def state(self):
         if not self.attempts:
             return "not begun"
-        code = self.attempts[-1]["exit_code"]
-        return STATES.get(code, f"failed ({code})")
+        last = self.attempts[-1]
+        code = last["exit_code"]
+        return STATES.get(code) or ERRORS.get(last["error"].split(":")[0], f"failed ({code})")
 
     @property
     def progress(self):
         """The last evaluation: step and score, or return where there is no score."""
-        found = [""]
-        for path in self.folder.glob("runs/*/eval.csv"):
-            step, mean, _, score, *_ = path.read_text().split()[-1].split(",")
-            what = f"return {float(mean):.1f}" if score == "None" else f"score {float(score):.1f}"
-            found.append(f" at step {int(step):,}, {what}")
-        return found[-1]
+        found = ""
+        for path in sorted(self.folder.glob("runs/*/eval.csv")):
+            for row in path.read_text().split()[1:]:
+                step, mean, _, score, *_ = row.split(",")
+                what = f"return {float(mean):.1f}" if score == "nan" else f"score {float(score):.1f}"
+                found = f" at step {int(step):,}, {what}"
+        return found
 
     def record(self, attempts):
         temporary = self.folder / "status.json.tmp"
         status = {"command": shlex.join(self.command), "attempts": attempts}
         temporary.write_text(json.dumps(status, indent=2))
-        os.replace(temporary, self.folder / "status.json")  # whole at every moment
+        os.replace(temporary, self.folder / "status.json")  # never half-written
 
 
 def flag_axes(values):
@@ -105,6 +104,12 @@ def flag_axes(values):
     return [axes[name] for name in sorted(axes)]
 
 
+def key(command):
+    """Of a command's flags and its script's bytes: a changed script has runs of its own."""
+    text = Path(command[1]).read_bytes() + shlex.join(command[2:]).encode()
+    return hashlib.sha256(text).hexdigest()[:6]
+
+
 def plan(args):
     """Every run of the sweep. The same flags give the same folder whatever their order. Raises ValueError."""
     runs = {}
@@ -118,10 +123,16 @@ def plan(args):
         for name, *value in flags:
             parts.append("=".join([name[2:], *(Path(x).name for x in value)]))
         name = re.sub(r"[^\w=.-]+", "-", "__".join(parts))[:150]
-        digest = hashlib.sha256(shlex.join([path.stem, *words]).encode()).hexdigest()[:6]
-        folder = args.folder.resolve() / f"{name}__{digest}"
-        runs[folder] = Run((sys.executable, str(path), *words), folder)
+        command = sys.executable, str(path), *words
+        folder = args.folder.resolve() / f"{name}__{key(command)}"
+        runs[folder] = Run(command, folder)
     return list(runs.values())
+
+
+def error_in(printed):
+    """The line that names what a script died of; without one, the end of what it printed, tyro's box too."""
+    named = re.findall(r"^[\w.]+Error: .*", printed, re.M)
+    return named[-1] if named else re.sub(r"[\s╭╮│╰╯─]+", " ", printed)[-300:].strip()
 
 
 def attempt(run, threads, sees_gpu):
@@ -133,21 +144,26 @@ def attempt(run, threads, sees_gpu):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if run.state in DONE:  # by another sweep meanwhile
             return
+        if not run.folder.name.endswith(key(run.command)):
+            run.record([*run.attempts, {"exit_code": 2, "error": "the script was changed meanwhile"}])
+            return
         attempts = [*run.attempts, {"node": node, "began": time.strftime("%F %T"), "exit_code": None}]
         checkpoints = sorted(run.folder.glob("runs/*/checkpoint.pt"))
         command = run.command
         if checkpoints:
             command = [*command[:2], "--resume", str(checkpoints[-1].parent)]
         print(f"\n$ {shlex.join(command)}", file=log, flush=True)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "60"}
+        begun = log.tell()
+        environment = os.environ | PLACES | {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "60"}
         environment |= {} if sees_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-        # PR_SET_PDEATHSIG: the script dies with this worker; its checkpoint is whole whenever that is
+        # PR_SET_PDEATHSIG: the script dies with this worker; its checkpoint is never half-written
         die_with_me = (lambda: libc.prctl(1, 9)) if sys.platform == "linux" else None
         io = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": [lock.fileno()]}
         process = subprocess.Popen(command, cwd=run.folder, env=environment, preexec_fn=die_with_me, **io)
         attempts[-1]["pid"] = process.pid
         run.record(attempts)
         attempts[-1]["exit_code"] = process.wait()
+        attempts[-1]["error"] = error_in(Path(log.name).read_bytes()[begun:].decode(errors="replace"))
         run.record(attempts)
 
 
@@ -172,8 +188,7 @@ def sweep(args, runs):
             state = f"killed ({type(error).__name__})"
         again = run.state not in DONE and state != "wrong input" and left[run] > 0
         if state.startswith(("failed", "wrong")):
-            printed = (run.folder / "output.log").read_text(errors="replace")
-            state += ", " + re.split(r"[\r\n]+", printed.strip())[-1]
+            state += ", " + run.attempts[-1]["error"]
         now = time.strftime("%H:%M:%S")
         print(f"{now} {run.folder.name}: {state}{run.progress}{'; again' * again}", flush=True)
         if again:
@@ -202,8 +217,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(tyro.cli(Args, description=__doc__)))

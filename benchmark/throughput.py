@@ -24,61 +24,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 STATE, ACTION, ROWS = 17, 6, 100_000
 SCRIPTS = ("dmg_offline", "dmg_finetune", "iql", "td3bc")
 CONTENDERS = (*SCRIPTS, *(f"{name} --compile" for name in SCRIPTS), "plain_dmg", "jax_dmg")
-GPU_FORMS = "", "--no-cudagraphs", "--compile", "--compile --no-cudagraphs", "--matmul-precision highest"
+GPU_FORMS = "", "--no-cudagraphs", "--compile", "--compile --no-cudagraphs"
 
 
 @dataclasses.dataclass
 class Args:
-    contenders: tuple[str, ...] = CONTENDERS
-    """what is measured: scripts with their flags, plain_dmg, jax_dmg"""
-    gpu_only: bool = False
-    """each script as CUDA graph, plain, compiled, and without TF32, beside JAX"""
-    threads: int = 1
-    """CPU threads of each process"""
-    processes: int = 1
-    """processes of each contender side by side, whose steps are added up"""
-    steps: int = 100
-    """gradient steps in a turn, an even number"""
-    turns: int = 9
-    """turns of each contender, behind one that is not counted"""
-    output: Path = Path("throughput.json")
-    """where the figures go"""
-    serve: str = ""
-    """internal: the contender that this process is"""
+    contenders: tuple[str, ...] = CONTENDERS  # what is measured: scripts with flags, plain_dmg, jax_dmg
+    gpu_only: bool = False  # each script as CUDA graph, plain, and compiled, beside JAX
+    threads: int = 1  # CPU threads of each process
+    processes: int = 1  # processes of each contender side by side, whose steps are added up
+    steps: int = 100  # gradient steps in a turn, an even number
+    turns: int = 9  # turns of each contender, after one that is not counted
+    output: Path = Path("throughput.json")  # where the figures go
+    serve: str = ""  # internal: the contender that this process is
 
 
 def torch_learner(name, data, device):
-    """As a script's main: draw a batch and its noise, update."""
-    index = torch.empty(256, dtype=torch.int64, device=device)
-    noise = torch.empty(256, ACTION, device=device)
-
-    def update(update_actor):
-        batch = [x[index] for x in data]
-        if name == "plain_dmg":
-            return agent.update(batch, noise, update_actor)
-        if name.startswith("iql"):
-            return script.update(agent, batch, args)
-        return script.update(agent, batch, noise, args, update_actor)
-
+    """As a script's main: draw a batch and its noise, learn."""
     file, *flags = name.split()
     script = importlib.import_module(file)
-    if name == "plain_dmg":
-        agent, fast = script.PlainDMG(STATE, ACTION), update
+    if file == "plain_dmg":
+        learn = script.PlainDMG(STATE, ACTION).update
     else:
         args = tyro.cli(script.Args, args=flags)
-        torch.set_float32_matmul_precision(args.matmul_precision)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        agent = script.Agent(STATE, ACTION, args).to(device)
-        fast = script.accelerate(update, args, device)
+        agent = script.Agent(STATE, ACTION, args, device)
+        for number in ("lam", "nu", "gamma") if file == "dmg_finetune" else ():  # they change online
+            setattr(args, number, torch.tensor(getattr(args, number), device=device))
+        learn = script.accelerate(agent, args)
 
-    def learn(steps):
+    def train(steps):
         for step in range(steps):
-            index.random_(ROWS)
-            noise.normal_()
-            fast(step % 2 == 1)
+            index = torch.randint(ROWS, (256,), device=device)
+            batch = [x[index] for x in data]
+            if file == "iql":
+                learn(batch)
+            else:
+                noise = torch.randn(256, ACTION, device=device)
+                learn(batch, noise, step % 2 == 1)
 
-    return learn
+    return train
 
 
 def jax_learner(data):
@@ -100,7 +86,6 @@ def serve(args):
     if args.processes == 1:  # JAX would take every core
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")
     gpu = torch.cuda.is_available() and args.serve != "plain_dmg"
     device = torch.device("cuda" if gpu else "cpu")
     if device.type == "cuda":
@@ -122,8 +107,8 @@ def start_process(args, name):
     command = [sys.executable, __file__, "--serve", name, "--steps", str(args.steps)]
     command += ["--threads", str(args.threads), "--processes", str(args.processes)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
 def main(args):

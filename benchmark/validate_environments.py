@@ -20,26 +20,19 @@ import regenerate_d4rl as d4rl
 import tyro
 
 dmg = d4rl.dmg
-ENV_IDS = {
-    "halfcheetah": "halfcheetah-medium-v2",
-    "hopper": "hopper-medium-v2",
-    "walker": "walker2d-medium-v2",
-}
-ENV_IDS |= {"antmaze_umaze": "antmaze-umaze-v2", "antmaze_medium": "antmaze-medium-play-v2"}
-ENV_IDS |= {"antmaze_large": "antmaze-large-play-v2"}
+ENV_IDS = {"halfcheetah": "halfcheetah-medium-v2", "hopper": "hopper-medium-v2"}
+ENV_IDS |= {"walker": "walker2d-medium-v2", "antmaze_umaze": "antmaze-umaze-v2"}
+ENV_IDS |= {"antmaze_medium": "antmaze-medium-play-v2", "antmaze_large": "antmaze-large-play-v2"}
 COLUMNS = "policy,environment,episodes,return_mean,return_std,published_mean,published_std,length_mean"
 TITLES = {"faithful": "this project's robots", "stock": "Gymnasium's -v4", "maze": "this project's AntMaze"}
 
 
 @dataclasses.dataclass
 class Args:
-    policies: str | None = None
-    """folder of the policies (None: only draw)"""
-    csv: Path = Path("validation.csv")
-    """where the returns are; the picture gets the same name with .png"""
-    episodes: int = 50
-    names: tuple[str, ...] = ()
-    """policies to roll out (default: all in published_returns.json)"""
+    policies: str | None = None  # folder of the policies (None: only draw)
+    csv: Path = Path("validation.csv")  # where the returns are; the picture gets the same name with .png
+    episodes: int = 50  # of each policy
+    names: tuple[str, ...] = ()  # policies to roll out (default: all in published_returns.json)
 
 
 def roll_out(args):
@@ -59,7 +52,8 @@ def roll_out(args):
             with warnings.catch_warnings(action="ignore"):  # -v4 is out of date on purpose
                 envs = [dmg.make_env(dmg.Args(env_id=env_id)) for _ in range(args.episodes)]
                 if kind == "stock":
-                    envs = [gym.make(env.spec.id) for env in envs]
+                    stock = type(envs[0].unwrapped).__name__.removesuffix("Env") + "-v4"
+                    envs = [gym.make(stock) for _ in envs]
             returns, lengths = dmg.evaluate(act, envs, 54321)
             measured = f"{returns.mean():.3f},{returns.std():.3f}", *published[name], f"{lengths.mean():.0f}"
             lines.append(",".join(map(str, [name, kind, args.episodes, *measured])))

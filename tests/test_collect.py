@@ -2,11 +2,11 @@
 
 import collect
 import gymnasium as gym
+import gymnasium_robotics  # noqa: F401  registers AntMaze
 import minari
 import numpy as np
 import pytest
-from conftest import d4rl_arrays, load_checkpoint, write_hdf5
-from test_finetune import run
+from conftest import d4rl_arrays, load_checkpoint, refusal, run, write_hdf5
 
 import dmg_finetune
 import dmg_offline
@@ -25,10 +25,9 @@ def place(tmp_path_factory):
         yield folder
 
 
-def wide():
+def wide(**_):
     """Hopper with actions from -2 to 6."""
-    low, high = np.full(3, -2, np.float32), np.full(3, 6, np.float32)
-    return gym.wrappers.RescaleAction(gym.make("Hopper-v5").unwrapped, low, high)
+    return gym.wrappers.RescaleAction(gym.make("Hopper-v5").unwrapped, np.float32(-2), np.float32(6))
 
 
 @pytest.fixture(scope="module")
@@ -47,29 +46,24 @@ def check(episodes, env, first_seed):
     """The environment gives the recorded rows again; each whole episode ends as it did there."""
     assert len(episodes) > 1
     for number, episode in enumerate(episodes):
-        s, _ = env.reset(seed=first_seed + number)
-        np.testing.assert_allclose(episode.observations[0], s, rtol=1e-4, atol=1e-4)
-        for k, action in enumerate(episode.actions):
-            s, reward, terminated, _, _ = env.step(action)
-            np.testing.assert_allclose(episode.observations[k + 1], s, rtol=1e-4, atol=1e-4)
-            assert episode.rewards[k] == pytest.approx(reward, rel=1e-4, abs=1e-4)
-            assert episode.terminations[k] == terminated
+        first, _ = env.reset(seed=first_seed + number)
+        s, rewards, terminated, _, _ = zip(*map(env.step, episode.actions), strict=True)
+        np.testing.assert_allclose(episode.observations, [first, *s], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(episode.rewards, rewards, rtol=1e-4, atol=1e-4)
+        assert episode.terminations.tolist() == list(terminated)
         assert not episode.truncations[:-1].any()
         assert episode.truncations[-1] != episode.terminations[-1]
 
 
 def test_without_noise_the_actions_are_the_agents(td3):
-    episodes = episodes_of(td3, "my/hopper/greedy-v0", transitions=150, noise=0)
-    check(episodes, gym.make("Hopper-v5"), 10_000_000 * 101)
     agent = dmg_finetune.Agent(11, 3, dmg_finetune.read_args(td3))
     agent.load_state_dict(load_checkpoint(td3)["agent"])
-    for episode in episodes:
-        np.testing.assert_allclose(episode.actions, agent.act(episode.observations[:-1]), rtol=0, atol=1e-5)
-    assert sum(map(len, episodes)) == 150
-    noisy = episodes_of(td3, "my/hopper/noisy-v0", transitions=150, noise=0.3)
-    a = np.concatenate([episode.actions for episode in noisy])
-    s = np.concatenate([episode.observations[:-1] for episode in noisy])
-    assert 0.2 < np.std(a - agent.act(s)) < 0.35 and np.abs(a).max() <= 1
+    for noise, least, most in ((0, 0, 1e-5), (0.3, 0.2, 0.35)):
+        episodes = episodes_of(td3, f"my/hopper/noise{noise > 0:d}-v0", transitions=150, noise=noise)
+        check(episodes, gym.make("Hopper-v5"), 10_000_000 * 101)
+        a = np.concatenate([episode.actions for episode in episodes])
+        s = np.concatenate([episode.observations[:-1] for episode in episodes])
+        assert least <= np.std(a - agent.act(s)) <= most and np.abs(a).max() <= 1 and len(a) == 150
 
 
 def test_the_replay_is_the_run(td3):
@@ -77,56 +71,49 @@ def test_the_replay_is_the_run(td3):
     episodes = episodes_of(td3, "my/hopper/replay-v0", replay=True)
     check(episodes, gym.make("Hopper-v5"), 10_000_000)
     online = load_checkpoint(td3)["online"]
-    whole = [end for end in online["ends"] if end <= 120]
-    assert np.cumsum([len(episode) for episode in episodes])[: len(whole)].tolist() == whole
-    assert sum(map(len, episodes)) == 120
-    returns = [episode.rewards.sum() for episode in episodes[: len(whole)]]
-    np.testing.assert_allclose(returns, online["returns"], rtol=1e-4)
+    assert np.cumsum([*map(len, episodes)]).tolist() == sorted({*online["ends"], 120})
+    rewards = np.concatenate([episode.rewards for episode in episodes])
+    np.testing.assert_allclose(rewards, online["rows"][2], rtol=1e-4)
     offline = run(dmg_offline, **TINY, env_id="my/hopper/replay-v0", gradient_steps=4)
-    (_, mean, _, score, *_) = load_checkpoint(offline)["evaluations"][-1]
+    mean, _, score, _ = map(float, (offline / "eval.csv").read_text().split()[-1].split(",")[1:])
     assert score == pytest.approx(100 * (mean + 20.272305) / (3234.3 + 20.272305))
     assert len(episodes_of(offline, "my/hopper/by-offline-v0", transitions=30)) > 0
 
 
-def test_behind_a_normalised_dataset_the_replay_has_the_environments_units(place):
+def test_behind_a_normalized_dataset_the_replay_has_the_environments_units(place):
     """Behind an own HDF5 file: raw states, without the file's rows, actions from -2 to 6."""
     gym.register("Wide-v0", "test_collect:wide", max_episode_steps=20)
     arrays = d4rl_arrays()
-    arrays["actions"] = 4 * arrays["actions"] + 2
-    file = write_hdf5("wide.hdf5", arrays)
-    flags = TINY | {"env_id": "Wide-v0", "dataset_path": file, "offline_steps": 4, "online_steps": 90}
-    episodes = episodes_of(run(**flags, learning_starts=60), "my/wide/replay-v0", replay=True)
+    file = write_hdf5("wide.hdf5", arrays | {"actions": 4 * arrays["actions"] + 2})
+    flags = TINY | {"env_id": "Wide-v0", "dataset_path": file}
+    flags |= {"offline_steps": 4, "online_steps": 90, "learning_starts": 60}
+    episodes = episodes_of(run(**flags), "my/wide/replay-v0", replay=True)
     check(episodes, gym.make("Wide-v0"), 10_000_000)
-    assert sum(map(len, episodes)) == 90
     actions = np.concatenate([episode.actions for episode in episodes])
-    assert actions.min() < 0 and actions.max() > 3
+    assert len(actions) == 90 and actions.min() < 0 and actions.max() > 3
     assert "my-wide-replay-v0" in run(td3bc, **TINY, env_id="my/wide/replay-v0", gradient_steps=4).name
 
 
-def test_antmaze_has_its_rewards_and_nested_observations_back(place):
-    import gymnasium_robotics  # noqa: F401  registers AntMaze
-
-    flags = {"env_id": "AntMaze_UMaze-v5", "from_scratch": True, "online_steps": 40, "learning_starts": 40}
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dmg_finetune, "evaluate", lambda *_: (np.zeros(1), np.ones(1)))  # it is slow
-        folder = run(**TINY, **flags)
+def test_antmaze_has_its_rewards_and_nested_observations_back(place, monkeypatch):
+    flags = {"env_id": "AntMaze_UMaze-v5", "from_scratch": True, "online_steps": 40, "learning_starts": 39}
+    monkeypatch.setattr(dmg_finetune, "evaluate", lambda *_: (np.zeros(1), np.ones(1)))  # it is slow
+    folder = run(**TINY, **flags)
     (episode,) = episodes_of(folder, "my/antmaze/replay-v0", replay=True)
     assert set(load_checkpoint(folder)["online"]["rows"][2].tolist()) == {-1.0}
     assert set(episode.rewards) == {0.0}
-    assert episode.observations.keys() == {"achieved_goal", "desired_goal", "observation"}
-    assert {len(x) for x in episode.observations.values()} == {41}
-    batch, _, _ = dmg_offline.load_dataset(dmg_offline.Args(env_id="my/antmaze/replay-v0"))
-    assert set(batch.rewards.tolist()) == {-1.0} and len(batch.rewards) == 40
+    lengths = {name: len(x) for name, x in episode.observations.items()}
+    assert lengths == {"achieved_goal": 41, "desired_goal": 41, "observation": 41}
+    rewards = dmg_offline.load_dataset(dmg_offline.Args(env_id="my/antmaze/replay-v0"))[2]
+    assert rewards.tolist() == [-1.0] * 40
 
 
 def test_what_cannot_be_done_is_said_and_writes_nothing(td3, place):
-    offline = run(dmg_offline, **TINY, env_id="dmg/halfcheetah/medium-replay-v0", gradient_steps=2)
     (place / "minari/my/taken-v0").mkdir(parents=True)
+    (place / "args.json").write_text('{"lam": 0.25}')
     before = sorted((place / "minari").rglob("*"))
-    with pytest.raises(ValueError, match="exists"):
-        collect.collect(collect.Args(str(td3), "my/taken-v0"))
-    with pytest.raises(ValueError, match=r"dmg_offline\.py"):
-        collect.collect(collect.Args(str(offline), "my/new-v0", replay=True))
+    assert "exists" in refusal(collect.collect, collect.Args(str(td3), "my/taken-v0"))
+    args = collect.Args(str(place), "my/new-v0", replay=True)
+    assert "of dmg_offline.py" in refusal(collect.collect, args)
     with pytest.raises(OSError, match="nowhere"):
         collect.collect(collect.Args("nowhere", "my/new-v0"))
     assert sorted((place / "minari").rglob("*")) == before

@@ -1,224 +1,210 @@
-"""What goes in is what D4RL and Minari mean by a dataset; what cannot be used is refused with a sentence."""
+"""What goes in is what D4RL and Minari mean by a dataset; garbage is refused."""
 
 import hashlib
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
-import gymnasium as gym
 import minari
 import numpy as np
 import pytest
 import torch
-from conftest import d4rl_arrays, refusal, write_hdf5
+from conftest import d4rl_arrays, load_checkpoint, refusal, run, write_hdf5
 from minari.data_collector import EpisodeBuffer
 
 import dmg_offline
-from dmg_offline import D4RL_SHA256, Args, download_d4rl, load_dataset, make_env
+from dmg_offline import D4RL_FILES, Args, download_d4rl, load_dataset
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|no time limit|overflow|invalid value)")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(set to None|overflow|invalid value)")
 
 
-def load(path, env_id="Hopper-v4"):
-    return load_dataset(Args(env_id=env_id, dataset_path=str(path)))
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(x, env_id="Hopper-v4"):
+    return load_dataset(Args(env_id=env_id, dataset_path=write_hdf5("x.hdf5", x)))
 
 
 def qlearning_dataset(x):
     """d4rl.qlearning_dataset, row by row: s, a, r, next_s, terminated in float64."""
-    n, rows = len(x["rewards"]), []
-    for i in range(n - 1):
+    rows, s = [], x["observations"]
+    for i in range(len(s) - 1):
         if not x["timeouts"][i]:
-            s, next_s = x["observations"][i : i + 2]
-            rows.append((s, x["actions"][i], x["rewards"][i], next_s, x["terminals"][i]))
+            rows.append((s[i], x["actions"][i], x["rewards"][i], s[i + 1], x["terminals"][i]))
     return [np.array(column, np.float64) for column in zip(*rows, strict=True)]
 
 
-def assert_loaded(loaded, rows, normalise=True):
-    """load_dataset's answer against float64 columns."""
-    (batch, mean, std), (s, a, r, next_s, terminated) = loaded, rows
-    true_mean, true_std = (s.mean(0), s.std(0) + 1e-3) if normalise else (0 * s[0], 0 * s[0] + 1)
-    np.testing.assert_allclose(mean, true_mean, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(std, true_std, rtol=1e-6)
-    expected = (s - true_mean) / true_std, a, r, (next_s - true_mean) / true_std, terminated
-    for name, x, y in zip(batch._fields, batch, expected, strict=True):
-        assert x.numpy().dtype == np.float32, name
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
+def assert_loaded(columns, expected):
+    """Columns of load_dataset against others. A terminal row has no next observation."""
+    mask = 1 - np.asarray(expected[4])[:, None]
+    for k, (x, y) in enumerate(zip(columns, map(np.asarray, expected), strict=True)):
+        assert x.dtype == torch.float32, k
+        x, y = (x.numpy() * mask, y * mask) if k == 3 else (x, y)
+        np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6, err_msg=str(k))
 
 
 @pytest.mark.parametrize("seed", range(9))
-def test_hdf5_rows_and_printed_numbers_are_those_of_d4rl_qlearning_dataset(tmp_path, capsys, seed):
+def test_hdf5_rows_and_printed_numbers_are_those_of_d4rl_qlearning_dataset(capsys, seed):
     x = d4rl_arrays(200, seed=seed)
     for row, kind in ((0, seed % 3), (-1, seed // 3)):  # inside an episode, terminal, timeout
         x["terminals"][row], x["timeouts"][row] = kind == 1, kind == 2
     x["terminals"][[50, 100]], x["timeouts"][[50, 100]] = (True, False), (True, True)
     x["actions"][7] = 1 + 5e-4, -1 - 5e-4, 0  # beyond the bounds by rounding
-    batch, *_ = loaded = load(write_hdf5(tmp_path / "x.hdf5", x))
-    rows = qlearning_dataset(x)
-    assert_loaded(loaded, rows)
+    columns, rows = load(x), qlearning_dataset(x)
+    assert_loaded(columns, rows)
     ends = (x["terminals"] & ~x["timeouts"])[:-1].sum()  # none from a timeout
-    assert len(batch.rewards) == 199 - x["timeouts"][:-1].sum() and batch.terminated.sum() == ends
-    line = f"{len(rows[2])} transitions, {ends} terminals, {x['timeouts'].sum()} timeouts, mean reward "
-    assert f"{tmp_path}/x.hdf5: {line}{rows[2].mean():.3f}\n" in capsys.readouterr().out
+    line = f"x.hdf5: {len(rows[2])} transitions, {ends} terminal, mean reward {rows[2].mean():.3f}\n"
+    assert line in capsys.readouterr().out
 
 
-def test_mean_and_std_are_summed_in_float64(tmp_path):
-    x = d4rl_arrays(20_000)
-    x["observations"] = 1000.3 + 0.01 * x["observations"]  # float32 sums are off by more than the std
-    x["observations"][:, 4] = 7.0
-    batch, mean, std = load(write_hdf5(tmp_path / "x.hdf5", x))
-    s = qlearning_dataset(x)[0]
-    np.testing.assert_allclose(mean, s.mean(0), rtol=1e-7)
-    np.testing.assert_allclose(std, s.std(0) + 1e-3, rtol=1e-6)
-    assert std[4] == np.float32(1e-3) and (batch.observations[:, 4] == 0).all()
-    assert mean.dtype == std.dtype == torch.float32
+def with_next(x):
+    """In order of time, with the next row's observation at each row that is no end."""
+    next_s = np.roll(x["observations"], -1, 0)
+    next_s[x["terminals"] | x["timeouts"]] += 1  # not the first state of the next episode
+    return x | {"next_observations": next_s}
 
 
-def put(key, index, value):
-    def change(x):
-        x[key] = x[key].astype(np.float64)
-        x[key][index] = value
-
-    return change
-
-
-def replace(key, *shape):
-    return lambda x: x.update({key: np.zeros(shape)})
-
-
-REFUSED = {
-    "nan": (
-        put("observations", 7, np.nan),
-        "NaN .* observations: remove each such row and mark the row before it as a timeout",
-    ),
-    "observation beyond float32": (put("observations", (7, 2), 1e39), "infinite observations"),
-    "reward beyond float32": (put("rewards", 7, -1e39), "infinite rewards"),
-    "timeout 0.5": (put("timeouts", 7, 0.5), "terminals or timeouts other than 0 and 1"),
-    "action too large": (put("actions", (7, 2), 1.002), "actions outside .*-1.* to .*1"),
-    "action too small": (put("actions", (7, 2), -1.002), "actions outside .*-1.* to .*1"),
-    "wide state": (replace("observations", 600, 12), r"observations of shape \(600, 12\).*\(600, 11\)"),
-    "too few actions": (replace("actions", 599, 3), r"actions of shape \(599, 3\).*\(600, 3\)"),
-    "too many rewards": (replace("rewards", 601), r"rewards of shape \(601,\)"),
-    "two rewards per row": (replace("rewards", 300, 2), r"rewards of shape \(300, 2\)"),
-    "wide next_observations": (replace("next_observations", 600, 12), "next_observations"),
-    "text": (lambda x: x.update(rewards="none"), "cannot read"),
-    "timeouts only": (put("timeouts", slice(None), 1), "no transition"),
-}
-for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
-    REFUSED[f"no {key}"] = lambda x, key=key: x.pop(key), f"'{key}'"
-for rows in (0, 1):
-    cut = lambda x, rows=rows: x.update({key: column[:rows] for key, column in x.items()})  # noqa: E731
-    REFUSED[f"{rows} rows"] = cut, "no transition"
+def test_stored_next_observations_are_used_in_any_order_of_rows(capsys):
+    x = d4rl_arrays(300)
+    x["terminals"][-1] = x["timeouts"][-1] = False
+    plain, stored = load(x), load(with_next(x))
+    assert_loaded([c[:-1] for c in stored], plain)
+    np.testing.assert_array_equal(stored[3][-1], x["observations"][0])  # the last row is a transition too
+    order = np.random.default_rng(0).permutation(300)
+    shuffled = load({key: column[order] for key, column in with_next(x).items()})
+    for c, d in zip(stored, shuffled, strict=True):  # by their rewards, which all differ
+        np.testing.assert_array_equal(c[np.argsort(stored[2])], d[np.argsort(shuffled[2])])
+    assert "Warning" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_unusable_file_is_refused_with_its_own_sentence(tmp_path, name):
-    change, words = REFUSED[name]
-    change(x := d4rl_arrays())
-    path = write_hdf5(tmp_path / "refused.hdf5", x)
-    assert re.search(words, sentence := refusal(load, path)) and path in sentence, sentence
+def test_next_observations_may_be_nan_where_they_are_not_used():
+    expected, ends = load(x := with_next(d4rl_arrays(300))), x["terminals"] | x["timeouts"]
+    x["next_observations"][ends] = np.nan
+    assert_loaded(load(x), expected)
+    x["next_observations"][np.flatnonzero(~ends)[3], 1] = np.nan
+    assert "not finite" in refusal(load, x)
+
+
+ALL, NO, LAST = np.ones(300), np.zeros(300), np.arange(300) % 15 == 14
+BOTH = {"terminals": LAST, "timeouts": LAST, "rewards": LAST.astype("f4")}  # success in the last allowed step
+
+
+@pytest.mark.parametrize("columns, stored, said", [
+    ({}, False, []), ({"timeouts": None}, True, []), ({"terminals": ALL, "timeouts": NO}, True, []),
+    ({"terminals": ALL, "timeouts": NO}, False, ["1 rows with a terminal"]),
+    ({"timeouts": None}, False, ["marks no timeouts"]), ({"timeouts": NO}, False, ["marks no timeouts"]),
+    (BOTH, False, ["20 rows with a terminal or reward 1 are dropped"]), (BOTH, True, ["20 rows"]),
+    (BOTH | {"terminals": NO}, False, ["20 rows"]),
+])  # fmt: skip
+def test_what_is_lost_or_may_be_joined_is_said_aloud(capsys, columns, stored, said):
+    x = d4rl_arrays(300)
+    x["terminals"][-1] = False
+    x = (with_next(x) if stored else x) | columns
+    load({key: column for key, column in x.items() if column is not None})
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "Warning" in line]
+    assert len(warnings) == len(said)
+    assert all(words in line and "x.hdf5" in line for words, line in zip(said, warnings, strict=True))
+
+
+@pytest.mark.parametrize("keys", [["rewards"], ["terminals"], ["timeouts"], ["rewards", "terminals"]])
+def test_columns_of_shape_n_1_are_read_as_well(keys):
+    x = d4rl_arrays(300)
+    assert_loaded(load(x | {key: x[key][:, None] for key in keys}), qlearning_dataset(x))
+
+
+@pytest.mark.parametrize("key, index, value, words", [
+    ("observations", 7, np.nan, "not finite"), ("observations", 7, 1e39, "not finite"),  # beyond float32
+    ("rewards", 7, -1e39, "not finite"), ("terminals", 7, 0.5, "other than 0 and 1"),
+    ("actions", 7, 1.002, "actions .* -1.* to .*1"), ("actions", 7, -1.002, "actions .* -1.* to .*1"),
+    ("actions", ..., 1e-3, "actions .* do not fit"), ("timeouts", ..., 1, "0 observations"),
+    ("observations", None, np.zeros((600, 12)), r"\[12\].*\(11,\)"),
+])  # fmt: skip
+def test_unusable_file_is_refused_with_its_own_sentence(key, index, value, words):
+    x = d4rl_arrays()
+    x[key] = x[key].astype(float) if index else value
+    x[key][index] = value
+    assert re.search("^x.hdf5 .*" + words, sentence := refusal(load, x)), sentence
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_antmaze_goal_is_reward_0_and_terminal_whatever_the_terminals_say(tmp_path, capsys, marked):
+def test_antmaze_goal_is_reward_0_and_terminal_whatever_the_terminals_say(capsys, marked):
     goal = np.isin(np.arange(20), (3, 4, 5)).astype(float)  # rows of the first of two trajectories
     x = d4rl_arrays(20, 29, 8) | {"rewards": goal, "terminals": goal, "timeouts": np.arange(20) % 10 == 9}
-    path = write_hdf5(tmp_path / "x.hdf5", x | {"terminals": marked * x["terminals"]})
     s, a, r, next_s, terminated = qlearning_dataset(x)
-    assert_loaded(load(path, "antmaze-umaze-v2"), [s, a, r - 1, next_s, terminated], normalise=False)
-    line = "18 transitions, 3 terminals, 2 timeouts, mean reward -0.833"
-    assert capsys.readouterr().out == f"{path}: {line}\n"
-    x["rewards"] = x["rewards"] + 0.5
-    assert "AntMaze rewards" in refusal(load, write_hdf5(path, x), "antmaze-umaze-v2")
+    columns = load(x | {"terminals": marked * goal}, "antmaze-umaze-v2")
+    assert_loaded(columns, [s, a, r - 1, next_s, terminated])
+    assert capsys.readouterr().out == "x.hdf5: 18 transitions, 3 terminal, mean reward -0.833\n"
+    assert "AntMaze" in refusal(load, x | {"rewards": goal + 0.5}, "antmaze-umaze-v2")
 
 
-def pendulum_episodes(lengths):
-    """Every second episode terminates, the others are truncated."""
-    rng = np.random.default_rng(0)
-    for i, n in enumerate(lengths):
-        s, a = rng.uniform(-1, 1, (n + 1, 3)), rng.uniform(-2, 2, (n, 1))
-        last, found = np.arange(n) == n - 1, {"observations": s.astype("f4"), "actions": a.astype("f4")}
-        ends = {"terminations": last & (i % 2 == 0), "truncations": last & (i % 2 == 1)}
-        yield EpisodeBuffer(**found, rewards=rng.normal(size=n), **ends)
+def test_mean_and_std_are_summed_in_float64():
+    x = d4rl_arrays(20_000)
+    x["observations"] = 1000.3 + 0.01 * x["observations"]  # float32 sums are off by more than the std
+    x["observations"][:, 4] = 7.0
+    small = {"dataset_path": write_hdf5("x.hdf5", x), "gradient_steps": 1, "eval_episodes": 1}
+    folder = run(dmg_offline, env_id="Hopper-v4", **small)
+    agent, s = load_checkpoint(folder)["agent"], qlearning_dataset(x)[0]
+    np.testing.assert_allclose(agent["mean"], s.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(agent["std"], s.std(0) + 1e-3, rtol=1e-6)
 
 
-def test_minari_vector_episodes_keep_order_and_truncated_rows(tmp_path, monkeypatch, capsys):
+def test_minari_vector_episodes_keep_order_and_truncated_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    buffers = list(pendulum_episodes(range(2, 14)))  # 12 episodes: as text, episode_10 comes before episode_2
-    how = {"env": "Pendulum-v1", "algorithm_name": "test", "requirements": []}
-    minari.create_dataset_from_buffers("pendulum-v0", buffers, **how)
-    env, loaded = make_env(args := Args(env_id="pendulum-v0")), load_dataset(args)
+    rng, episodes = np.random.default_rng(0), []
+    for n in range(2, 14):  # 12 episodes: as text, episode_10 comes before episode_2
+        s, a, r = rng.uniform(-1, 1, (n + 1, 3)), rng.uniform(-2, 2, (n, 1)), rng.normal(size=n)
+        last = np.arange(n) == n - 1
+        ends = {"terminations": last & (n % 2 == 0), "truncations": last & (n % 2 == 1)}
+        episodes.append(EpisodeBuffer(observations=s.astype("f4"), actions=a.astype("f4"), rewards=r, **ends))
+    minari.create_dataset_from_buffers("pendulum-v0", episodes, env="Pendulum-v1")
+    columns = load_dataset(Args(env_id="pendulum-v0"))
     of = lambda x: (x.observations[:-1], x.actions / 2, x.rewards, x.observations[1:], x.terminations)  # noqa: E731
-    columns = [np.concatenate(column).astype(np.float64) for column in zip(*map(of, buffers), strict=True)]
-    assert_loaded(loaded, columns)
-    assert env.action_space == gym.spaces.Box(-1, 1, (1,)) and env.spec.id == "Pendulum-v1"
-    mean = np.concatenate([x.rewards for x in buffers]).mean()
-    line = f"90 transitions, 6 terminals, 6 timeouts, mean reward {mean:.3f}"
-    assert capsys.readouterr().out.endswith(f"pendulum-v0: {line}\n")
-
-
-ANT_FILE = "ant_maze_v2/Ant_maze_{}_noisy_multistart_{}_multigoal_{}_sparse_fixed.hdf5"
-FILES = {  # of AntMaze: start and goal of the recorded trajectories: one, or many
-    "hopper-medium-v2": "gym_mujoco_v2/hopper_medium-v2.hdf5",
-    "halfcheetah-full-replay-v2": "gym_mujoco_v2/halfcheetah_full_replay-v2.hdf5",
-    "walker2d-medium-expert-v2": "gym_mujoco_v2/walker2d_medium_expert-v2.hdf5",
-    "antmaze-umaze-v2": ANT_FILE.format("u-maze", False, False),
-    "antmaze-umaze-diverse-v2": ANT_FILE.format("u-maze", True, True),
-    "antmaze-medium-play-v2": ANT_FILE.format("big-maze", True, False),
-    "antmaze-medium-diverse-v2": ANT_FILE.format("big-maze", True, True),
-    "antmaze-large-play-v2": ANT_FILE.format("hardest-maze", True, False),
-    "antmaze-large-diverse-v2": ANT_FILE.format("hardest-maze", True, True),
-}
+    assert_loaded(columns, [np.concatenate(c).astype(float) for c in zip(*map(of, episodes), strict=True)])
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch, hopper_file):
-    """D4RL's server as a folder of this machine, with one file, and an empty cache."""
-    state = SimpleNamespace(file=tmp_path / "d4rl" / FILES["hopper-medium-v2"], folder=tmp_path / "cache")
-    state.good = Path(hopper_file).read_bytes()
-    state.file.parent.mkdir(parents=True)
-    state.file.write_bytes(state.good)
+def server(tmp_path, monkeypatch):
+    """The working folder in place of D4RL's server, with one file, which is returned; an empty cache."""
     monkeypatch.setenv("HOME", str(tmp_path))  # whatever goes wrong, the user's own cache stays as it is
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(state.folder))
-    monkeypatch.setattr(dmg_offline, "D4RL_URL", (tmp_path / "d4rl").as_uri() + "/")
-    monkeypatch.setitem(D4RL_SHA256, "hopper-medium-v2", hashlib.sha256(state.good).hexdigest())
-    return state
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(dmg_offline, "D4RL_URL", tmp_path.as_uri() + "/")
+    Path("gym_mujoco_v2").mkdir()
+    file = Path(write_hdf5("gym_mujoco_v2/hopper_medium-v2.hdf5", d4rl_arrays()))
+    monkeypatch.setitem(D4RL_FILES, "hopper-medium-v2", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
+    return file
 
 
-def test_d4rl_name_is_downloaded_once_and_loads(server, tmp_path, monkeypatch):
-    args = Args(env_id="hopper-medium-v2")
+def test_d4rl_name_is_downloaded_once_and_a_wrong_sha256_leaves_nothing(server, tmp_path, monkeypatch):
+    whole = server.read_bytes()
+    server.write_bytes(whole[:5000])
+    with pytest.raises(RuntimeError, match="hash"):
+        download_d4rl("hopper-medium-v2")
+    assert list(Path("cache").iterdir()) == []
+    server.write_bytes(whole)  # the next try is not spoiled by this one
     for _ in range(2):
-        assert_loaded(load_dataset(args), qlearning_dataset(d4rl_arrays()))
-        server.file.unlink(missing_ok=True)
-    assert [path.name for path in server.folder.iterdir()] == ["hopper_medium-v2.hdf5"]
-    server.file.write_bytes(server.good)
+        assert_loaded(load_dataset(Args("hopper-medium-v2")), qlearning_dataset(d4rl_arrays()))
+        server.unlink(missing_ok=True)
+    assert [path.name for path in Path("cache").iterdir()] == ["hopper_medium-v2.hdf5"]
+    server.write_bytes(whole)
     monkeypatch.delenv("D4RL_DATASET_DIR")
     assert download_d4rl("hopper-medium-v2") == tmp_path / ".d4rl/datasets/hopper_medium-v2.hdf5"
 
 
-@pytest.mark.parametrize("fault", ["another file", "cut connection", "no connection"])
-def test_failed_download_leaves_nothing_and_says_where_to_put_the_file(server, fault):
-    bad = {"another file": server.good[:-1] + b"?", "cut connection": server.good[:5000]}
-    server.file.write_bytes(bad.get(fault, b""))
-    if fault == "no connection":
-        server.file.unlink()
-    sentence = refusal(download_d4rl, "hopper-medium-v2")
-    assert FILES["hopper-medium-v2"] in sentence and f"put it at {server.folder}/hopper_medium" in sentence
-    assert list(server.folder.iterdir()) == []
-    server.file.write_bytes(server.good)  # the next try is not spoiled by this one
-    assert download_d4rl("hopper-medium-v2").read_bytes() == server.good
+ANT = "ant_maze_v2/Ant_maze_{}_noisy_multistart_{}_multigoal_{}_sparse_fixed.hdf5"  # one or many
 
 
-def test_another_file_in_the_cache_is_refused_and_left_alone(server):
-    server.folder.mkdir()
-    cached = server.folder / "hopper_medium-v2.hdf5"
-    cached.write_bytes(server.good[:5000])
-    sentence = refusal(download_d4rl, "hopper-medium-v2")
-    assert f"{cached} is not D4RL's file" in sentence and "delete it" in sentence
-    assert cached.read_bytes() == server.good[:5000]
-
-
-def test_each_d4rl_name_asks_for_its_file_and_has_a_sha256(server):
-    assert len({x[:16] for x in D4RL_SHA256.values()}) == len(D4RL_SHA256) == 24
-    server.file.unlink()
-    for env_id in FILES:
-        assert f"/d4rl/{FILES[env_id]} " in refusal(download_d4rl, env_id)
+@pytest.mark.parametrize("name, file", [
+    ("hopper-medium-v2", "gym_mujoco_v2/hopper_medium-v2.hdf5"),
+    ("halfcheetah-full-replay-v2", "gym_mujoco_v2/halfcheetah_full_replay-v2.hdf5"),
+    ("antmaze-umaze-v2", ANT.format("u-maze", False, False)),
+    ("antmaze-umaze-diverse-v2", ANT.format("u-maze", True, True)),
+    ("antmaze-medium-play-v2", ANT.format("big-maze", True, False)),
+    ("antmaze-large-diverse-v2", ANT.format("hardest-maze", True, True)),
+])  # fmt: skip
+def test_without_a_connection_a_name_says_which_file_to_put_where(server, tmp_path, name, file):
+    assert len(set(D4RL_FILES.values())) == len(D4RL_FILES) == 24
+    server.unlink()
+    sentence = refusal(download_d4rl, name)
+    assert f"{tmp_path}/{file} " in sentence and f"put it at {tmp_path}/cache/{Path(file).name}" in sentence
+    assert list(Path("cache").iterdir()) == []

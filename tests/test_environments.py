@@ -7,9 +7,10 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import pytest
+import regenerate_d4rl as d4rl
 
 import dmg_offline
-from dmg_offline import Args, make_env
+from dmg_offline import Args, evaluate, make_env
 
 # D4RL's evaluation maps (d4rl/locomotion/maze_env.py), rows from top to bottom
 MAPS = {
@@ -19,23 +20,17 @@ MAPS = {
     " 100100010g01 111111111111",
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*settotalmass")  # in HalfCheetah's own XML
-STANDING = np.array([0, 0, 4, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1.0])  # above the walls: falls straight
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
-    """MuJoCo leaves a log in the working folder, Gymnasium-Robotics its XML in the temporary one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # Gymnasium-Robotics leaves its XML there
+    Path("own.hdf5").touch()
 
 
 def make(env_id, dataset_path=None):
-    return make_env(Args(env_id=env_id, dataset_path=dataset_path))
-
-
-def xy(cell):
-    """Where D4RL puts the centre of a map cell (i, j)."""
-    return 4.0 * (cell[1] - 1), 4.0 * (cell[0] - 1)
+    return make_env(Args(env_id, dataset_path))
 
 
 def at(model, qpos):
@@ -48,28 +43,20 @@ def at(model, qpos):
 
 
 def legacy_mass_matrix(model, qpos, density, total_mass):
-    """Mass matrix at qpos, and inverse weights of the dofs there, summed geom by geom.
-
-    A capsule of radius r and half-length h is a cylinder of length 2 h + r.
-    """
+    """Mass matrix, inverse weights of the dofs, geom by geom. Capsules are cylinders, longer by a radius."""
     (data, _), matrix, whole = at(model, qpos), np.zeros((model.nv, model.nv)), 0
     for g in np.flatnonzero(model.geom_bodyid > 0):
         (r, h, _), body, rotation = model.geom_size[g], model.geom_bodyid[g], data.geom_xmat[g].reshape(3, 3)
+        length, mass, moments = 2 * h + r, density * 4 / 3 * np.pi * r**3, [2 / 5 * r**2] * 3  # of a sphere
         if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_CAPSULE:
-            length = 2 * h + r
-            mass = density * np.pi * r**2 * length
-            across = (3 * r**2 + length**2) / 12
-            inertia = mass * np.diag([across, across, r**2 / 2])
-        else:
-            assert model.geom_type[g] == mujoco.mjtGeom.mjGEOM_SPHERE
-            mass = density * 4 / 3 * np.pi * r**3
-            inertia = mass * 2 / 5 * r**2 * np.eye(3)
+            across, mass = (3 * r**2 + length**2) / 12, density * np.pi * r**2 * length
+            moments = [across, across, r**2 / 2]
+        inertia = mass * np.diag(moments)
         linear, angular = np.zeros((2, 3, model.nv))
         mujoco.mj_jac(model, data, linear, angular, data.geom_xpos[g], body)
         matrix += mass * linear.T @ linear + angular.T @ rotation @ inertia @ rotation.T @ angular
         whole += mass
-    scale = total_mass / whole if total_mass else 1
-    matrix = scale * matrix + np.diag(model.dof_armature)
+    matrix = matrix * (total_mass or whole) / whole + np.diag(model.dof_armature)
     dof_weight = np.linalg.inv(matrix).diagonal().copy()
     if model.jnt_type[0] == mujoco.mjtJoint.mjJNT_FREE:  # its three axes share one weight
         dof_weight[:6] = np.repeat(dof_weight[:6].reshape(2, 3).mean(1), 3)
@@ -85,65 +72,57 @@ def legacy_mass_matrix(model, qpos, density, total_mass):
 def test_mass_matrix_is_the_legacy_one(env_id, stock_id, density, total_mass, difference):
     model, stock = make(env_id).unwrapped.model, gym.make(stock_id).unwrapped.model
     qpos = stock.qpos0 + np.random.default_rng(0).uniform(-0.5, 0.5, stock.nq)
-    if stock.nq > stock.nv:
-        qpos[3:7] /= np.linalg.norm(qpos[3:7])
+    qpos[3:7] /= np.linalg.norm(qpos[3:7]) if stock.nq > stock.nv else 1
     expected, _ = legacy_mass_matrix(stock, qpos, density, total_mass)
     np.testing.assert_allclose(at(model, qpos)[1], expected, rtol=0, atol=1e-12 * abs(expected).max())
     assert np.abs(at(stock, qpos)[1] - expected).max() > difference
-
-    # the contact solver's weights, which only mj_setConst renews
-    _, dof_weight = legacy_mass_matrix(stock, stock.qpos0, density, total_mass)
+    _, dof_weight = legacy_mass_matrix(stock, stock.qpos0, density, total_mass)  # mj_setConst renews them
     np.testing.assert_allclose(model.dof_invweight0, dof_weight, rtol=1e-9)
     assert np.abs(stock.dof_invweight0 / dof_weight - 1).max() > 0.005
 
 
-def test_only_d4rl_names_get_legacy_inertia_and_nothing_else_differs():
-    stock, own = gym.make("Hopper-v4"), make("Hopper-v4", "own.hdf5").unwrapped.model
-    d4rl = make("hopper-medium-v2", "own.hdf5")
-    assert d4rl.spec.id == stock.spec.id and d4rl.spec.max_episode_steps == 1000
-    stock, d4rl = stock.unwrapped.model, d4rl.unwrapped.model
-    for name in ("body_mass", "body_inertia", "body_ipos", "body_iquat", "dof_invweight0", "body_invweight0"):
-        np.testing.assert_array_equal(getattr(own, name), getattr(stock, name), name)
-    for name in ("geom_size", "geom_pos", "geom_quat", "geom_friction", "jnt_range", "actuator_gear"):
-        np.testing.assert_array_equal(getattr(d4rl, name), getattr(stock, name), name)
-    assert d4rl.body_mass.sum() < 0.97 * stock.body_mass.sum()
+@pytest.mark.parametrize("stock_id", ["Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"])
+def test_only_d4rl_names_get_legacy_inertia_and_nothing_else_differs(stock_id):
+    """With the same inertia the same episode to the bit, of 1000 steps at most."""
+    env, stock = make(f"{stock_id[:-3].lower()}-medium-v2"), gym.make(stock_id)
+    own = make(stock_id, "own.hdf5")
+    model = stock.unwrapped.model
+    for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
+        np.testing.assert_array_equal(getattr(own.unwrapped.model, field), getattr(model, field), field)
+        getattr(model, field)[:] = getattr(env.unwrapped.model, field)
+    mujoco.mj_setConst(model, mujoco.MjData(model))
+    assert env.action_space == stock.action_space and env.observation_space == stock.observation_space
+    np.testing.assert_array_equal(env.reset(seed=3)[0], stock.reset(seed=3)[0])
+    rng, over, steps = np.random.default_rng(0), False, 0
+    while not over:
+        action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+        (s, *found, _), (expected_s, *expected, _) = env.step(action), stock.step(action)
+        np.testing.assert_array_equal(s, expected_s)
+        assert found == expected
+        over, steps = any(found[1:]), steps + 1
+    assert (steps == 1000) == (stock_id == "HalfCheetah-v4")
 
 
-def place(env, distance, angle, speed=0.0):
-    """The ant `distance` from the goal, at rest or moving away from it."""
-    direction = np.array([np.cos(angle), np.sin(angle)])
-    qpos, qvel = STANDING.copy(), np.zeros(14)
-    qpos[:2], qvel[:2] = env.goal + distance * direction, speed * direction
-    env.set_state(qpos, qvel)
-    return env.step(np.zeros(8))
-
-
-@pytest.mark.parametrize("name", [name for name in dmg_offline.D4RL_SHA256 if "antmaze" in name])
+@pytest.mark.parametrize("name", [name for name in dmg_offline.D4RL_FILES if "antmaze" in name])
 def test_antmaze_map_and_time_limit(name):
     env, maze = make(name), name.split("-")[1]
     limit, cells = 700 if maze == "umaze" else 1000, np.array([list(row) for row in MAPS[maze].split()])
-    model = env.unwrapped.model
-    walls = model.geom_type == mujoco.mjtGeom.mjGEOM_BOX
-    expected = sorted(xy(cell) for cell in np.argwhere(cells == "1"))
-    assert sorted(map(tuple, model.geom_pos[walls, :2])) == expected and (model.geom_pos[walls, 2] == 1).all()
-    assert (model.geom_size[walls] == (2, 2, 1)).all() and (model.geom_bodyid[walls] == 0).all()
-
-    start, goal = (np.array(xy(np.argwhere(cells == letter)[0])) for letter in "rg")
-    observation, _ = env.reset(seed=0)
-    offset = env.unwrapped.goal - goal
-    assert np.abs(observation[:2] - start).max() <= 0.1 and (offset >= 0).all() and (offset <= 1.5).all()
-
+    xy = lambda letter: [(4.0 * (j - 1), 4.0 * (i - 1)) for i, j in np.argwhere(cells == letter)]  # noqa: E731
+    walls = (model := env.unwrapped.model).geom_type == mujoco.mjtGeom.mjGEOM_BOX
+    assert sorted(map(tuple, model.geom_pos[walls, :2])) == sorted(xy("1"))
+    assert (model.geom_pos[walls, 2] == 1).all() and (model.geom_bodyid[walls] == 0).all()
+    assert (model.geom_size[walls] == (2, 2, 1)).all()
+    observation, offset = env.reset(seed=0)[0], env.unwrapped.goal - xy("g")[0]
+    assert np.abs(observation[:2] - xy("r")[0]).max() <= 0.1 and (offset >= 0).all() and (offset <= 1.5).all()
     for step in range(1, limit + 1):
-        observation, reward, terminated, truncated, _ = env.step(np.zeros(8, np.float32))
-        assert (reward, terminated, truncated) == (0, False, step == limit)
+        assert env.step(np.zeros(8, np.float32))[1:4] == (0, False, step == limit)
 
 
 def test_antmaze_interface():
     env = make("antmaze-umaze-v2")
     assert env.observation_space.shape == (29,) and env.action_space == gym.spaces.Box(-1, 1, (8,))
     env.reset(seed=0)
-    observation, *_ = env.step(np.ones(8, np.float32))
-    data = env.unwrapped.data
+    observation, data = env.step(np.ones(8, np.float32))[0], env.unwrapped.data
     np.testing.assert_array_equal(observation, np.concatenate([data.qpos, data.qvel]))
     np.testing.assert_array_equal(data.qfrc_actuator[6:], np.full(8, 30))  # N m, one motor per joint
     assert (env.unwrapped.model.geom_solimp[:, :3] == [0.8, 0.8, 0.01]).all()
@@ -159,64 +138,47 @@ def test_antmaze_reset():
     assert np.abs(noise).max() <= 0.1 and (np.abs(noise).max(0) > 0.095).all()  # uniform, in every coordinate
     np.testing.assert_allclose(qvel.std(0), 0.1, atol=0.01)
     assert np.abs(qvel.mean(0)).max() < 0.015 and np.abs(qvel).max() > 0.3  # normal
-
     offset = np.array(goals) - (32, 24)  # U(0, 1) + U(0, 0.5) per axis
     assert (offset >= 0).all() and (offset <= 1.5).all() and len(np.unique(offset)) == 2000
     np.testing.assert_allclose(offset.mean(0), 0.75, atol=0.04)
     np.testing.assert_allclose(offset.std(0), np.sqrt((1 + 0.25) / 12), atol=0.03)
-
-    np.testing.assert_array_equal(env.reset(seed=7)[0], observations[0])
-    np.testing.assert_array_equal(env.goal, goals[0])
+    np.testing.assert_array_equal([*env.reset(seed=7)[0], *env.goal], [*observations[0], *goals[0]])
 
 
 @pytest.mark.parametrize("angle", [0, 2, 4])
-def test_antmaze_ends_within_half_a_metre_of_the_goal(angle):
+@pytest.mark.parametrize("distance, speed, reached", [(0.51, -1, True), (0.49, 1, False)])
+def test_antmaze_ends_where_a_step_ends_within_half_a_metre_of_the_goal(angle, distance, speed, reached):
     env = make("antmaze-umaze-v2").unwrapped
     env.reset(seed=1)
-    assert place(env, 0.51, angle, speed=-1)[1:4] == (1, True, False)  # what counts is where it ends
-    assert place(env, 0.49, angle, speed=1)[1:4] == (0, False, False)
+    direction, qvel = np.array([np.cos(angle), np.sin(angle)]), np.zeros(14)
+    qpos = np.array([0, 0, 4, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1.0])  # above the walls: falls straight
+    qpos[:2], qvel[:2] = env.goal + distance * direction, speed * direction  # moves away, or to the goal
+    env.set_state(qpos, qvel)
+    assert env.step(np.zeros(8))[1:4] == (float(reached), reached, False)
 
 
 def test_gymnasium_robotics_antmaze_is_flat_and_ends_at_the_goal():
-    env = make("AntMaze_UMaze-v5", "any.hdf5")
-    flat, _ = env.reset(seed=0)
-    u = env.unwrapped
-    np.testing.assert_array_equal(flat[:4], [*u.data.qpos[:2], *u.goal])
-    np.testing.assert_array_equal(flat[4:31], [*u.data.qpos[2:], *u.data.qvel])
+    env = make("gymnasium_robotics:AntMaze_UMaze-v5", "own.hdf5")
+    flat, u = env.reset(seed=0)[0], env.unwrapped
+    np.testing.assert_array_equal(flat[:31], [*u.data.qpos[:2], *u.goal, *u.data.qpos[2:], *u.data.qvel])
     assert env.step(np.zeros(8, np.float32))[1:4] == (0, False, False)
     u.goal = u.data.qpos[:2].copy()
     assert env.step(np.zeros(8, np.float32))[1:4] == (1, True, False)
 
 
 POLICIES = Path(dmg_offline.__file__).resolve().parent.parent / "shared" / "policies"
-PUBLISHED = {"hopper_online_10": (1290.8, 86.3), "halfcheetah_online_10": (12695.7, 210.0)}  # 100 episodes
 
 
-def distance_from_published(name, env, episodes=10):
-    """Standard errors between the published mean return of a policy and that of sampled episodes here."""
-    if not POLICIES.exists():
-        pytest.skip("D4RL's policies are not here (../shared/policies)")
-    weights = dict(np.load(POLICIES / f"{name}.npz"))
-    rng, returns = np.random.default_rng(0), np.zeros(episodes)
-
-    def layer(key, x):
-        return weights[f"{key}__weight"] @ x + weights[f"{key}__bias"]
-
-    for i in range(episodes):
-        (s, _), over = env.reset(seed=i), False
-        while not over:
-            hidden = np.maximum(layer("fc1", np.maximum(layer("fc0", s), 0)), 0)
-            std = np.exp(np.clip(layer("last_fc_log_std", hidden), -5, 2))
-            action = np.tanh(layer("last_fc", hidden) + std * rng.standard_normal(len(std)))
-            s, reward, terminated, truncated, _ = env.step(action)
-            returns[i] += reward
-            over = terminated or truncated
-    mean, std = PUBLISHED[name]
-    return abs(returns.mean() - mean) / np.sqrt(returns.var(ddof=1) / episodes + std**2 / 100)
-
-
-@pytest.mark.parametrize("robot", ["hopper", "halfcheetah"])
-def test_d4rls_own_policies_return_what_was_published_for_them_but_not_in_stock_hopper(robot):
-    assert distance_from_published(f"{robot}_online_10", make(f"{robot}-medium-v2")) < 3
-    if robot == "hopper":
-        assert distance_from_published("hopper_online_10", gym.make("Hopper-v4")) > 3
+@pytest.mark.skipif(not POLICIES.exists(), reason="D4RL's policies are not here (../shared/policies)")
+@pytest.mark.parametrize("name, env_id, mean, std, same", [
+    ("hopper_online_10", "hopper-medium-v2", 1290.8, 86.3, True),
+    ("hopper_online_10", "Hopper-v4", 1290.8, 86.3, False),
+    ("halfcheetah_online_10", "halfcheetah-medium-v2", 12695.7, 210.0, True),
+])  # fmt: skip
+def test_d4rls_own_policies_return_what_was_published_for_them(name, env_id, mean, std, same):
+    """Within three standard errors, 100 published episodes, 10 sampled here; stock Hopper is another."""
+    weights, rng = d4rl.read_policy(POLICIES, name), np.random.default_rng(0)
+    envs = [make(env_id, "own.hdf5") for _ in range(10)]
+    returns, _ = evaluate(lambda s: d4rl.sample(weights, s, rng, lowest=-5), envs, 0)
+    error = np.sqrt(returns.var(ddof=1) / 10 + std**2 / 100)
+    assert (abs(returns.mean() - mean) < 3 * error) == same

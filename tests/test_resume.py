@@ -1,204 +1,211 @@
 """Seeds, checkpoints, kills and resumption: offline every bit comes back, online every transition does."""
 
 import importlib
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import d4rl_arrays, load_checkpoint, same, write_hdf5
+from conftest import DATA, drawn, eval_rows, load_checkpoint, refusal, resume, run, same, spied
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dmg_finetune
 import dmg_offline
 import iql
-from dmg_offline import Agent, Args, evaluate, load_dataset, make_env, read_args
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*The environment Hopper-v4 is out of date")
+pytestmark = pytest.mark.usefixtures("room")
 SCRIPTS = ("dmg_offline", "td3bc", "iql", "dmg_finetune")
-ROOT = Path(dmg_offline.__file__).resolve().parent
+EACH = pytest.mark.parametrize("name", SCRIPTS)
+AND_DROPOUT = pytest.mark.parametrize("name", [*SCRIPTS, "dmg_dropout"])
+SERVER = multiprocessing.get_context("forkserver")  # its processes start with this imported
+SERVER.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium.envs.mujoco", "minari", "tyro"])
 
 
-def arguments(script, steps=60, online=0, **changes):
-    """Of a small run on Hopper, in the working folder's hopper.hdf5."""
-    small = {"env_id": "Hopper-v4", "dataset_path": "hopper.hdf5", "batch_size": 8, "eval_episodes": 2}
-    small |= {"cuda": False, "eval_frequency": 20}
-    small |= {"offline_steps" if script is dmg_finetune else "gradient_steps": steps}
-    small |= {"online_steps": online} if script in (dmg_finetune, iql) else {}
-    return script.Args(**small | changes)
+@pytest.fixture(scope="module", autouse=True)
+def dropout(room):
+    """dmg_dropout, a copy of dmg_offline.py with dropout in its networks."""
+    text = Path(dmg_offline.__file__).read_text()
+    changed = text.replace("nn.Linear(256, 256), ", "nn.Linear(256, 256), nn.Dropout(0.1), ")
+    assert changed != text
+    (room / "dmg_dropout.py").write_text(changed)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(room))
+        yield importlib.import_module("dmg_dropout")
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """run(name, script): train in this process, in a folder of that name; returns the run folder."""
-
-    def go(name, script=dmg_offline, **changes):
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        write_hdf5("hopper.hdf5", d4rl_arrays())
-        script.main(arguments(script, **changes))
-        (folder,) = Path("runs").iterdir()
-        return folder.resolve()
-
-    return go
+def offline(script, steps):
+    return {"offline_steps" if script is dmg_finetune else "gradient_steps": steps}
 
 
-def resume(folder, script=dmg_offline, **changes):
-    args = script.read_args(str(folder))
-    vars(args).update(changes, resume=str(folder))
-    script.main(args)
-
-
-def final(folder):
-    """All of the last checkpoint and of eval.csv but the clock's readings."""
-    checkpoint = load_checkpoint(folder)
-    rows = [row[:-1] for row in checkpoint.pop("evaluations")]
-    lines = [line.rsplit(",", 1)[0] for line in (folder / "eval.csv").read_text().splitlines()]
-    return checkpoint | {"rows": rows, "csv": lines}
+def small(script, steps=60, online=0, **changes):
+    """Settings of a small run on Hopper."""
+    length = offline(script, steps) | ({"online_steps": online} if script in (dmg_finetune, iql) else {})
+    return DATA | {"batch_size": 8, "eval_episodes": 2, "eval_frequency": 20} | length | changes
 
 
 def scalars(folder):
     """{tag: [(step, value)]} of the TensorBoard log, without the speed's values."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    value = lambda tag, e: None if tag == "charts/SPS" else e.value  # noqa: E731
     tags = events.Tags()["scalars"]
-    return {tag: [(e.step, value(tag, e)) for e in events.Scalars(tag)] for tag in tags}
+    return {tag: [(e.step, tag == "charts/SPS" or e.value) for e in events.Scalars(tag)] for tag in tags}
 
 
-def test_one_seed_gives_the_same_bits_and_another_seed_other_networks_and_batches(run):
-    first, second, other = run("a"), run("b"), run("c", seed=1, learning_rate=1e-12)
-    assert same(final(first), final(second)) and scalars(first) == scalars(second)
-    a, b = load_checkpoint(first), load_checkpoint(other)
-    assert (a["agent"]["actor.0.weight"] - b["agent"]["actor.0.weight"]).abs().max() > 1e-2
-    assert not torch.equal(a["generator"], b["generator"])
+def assert_same_run(folder, other):
+    assert same(load_checkpoint(folder), load_checkpoint(other))
+    assert eval_rows(folder) == eval_rows(other)
+    assert scalars(folder) == scalars(other)  # nothing is seen twice
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_training_does_not_depend_on_how_often_it_is_evaluated(name, run):
+def moved(before, after):
+    """Names of what differs between two states of an agent."""
+    return {name for name, x in before["agent"].items() if not torch.equal(x, after["agent"][name])}
+
+
+@AND_DROPOUT
+def test_training_does_not_depend_on_how_often_it_is_evaluated(name):
     script, online = importlib.import_module(name), 20 * (name in ("iql", "dmg_finetune"))
-    rare = final(run("rare", script, online=online, eval_frequency=1000, eval_episodes=1))
-    often = final(run("often", script, online=online, eval_frequency=7, eval_episodes=3))
-    ends = [60, 60 + online] if online else [60]  # the hand-over, the end
-    assert [row[0] for row in rare["rows"]] == [0, *ends]
-    assert [row[0] for row in often["rows"]] == sorted({*range(0, 60 + online, 7), *ends})
-    for key in ("agent", "generator"):
-        assert same(rare[key], often[key])
+    rare = run(script, **small(script, online=online, eval_frequency=1000, eval_episodes=1))
+    often = run(script, **small(script, online=online, eval_frequency=7, eval_episodes=3))
+    ends = {60, 60 + online}  # the hand-over, the end
+    assert eval_rows(rare).keys() == {0, *ends}
+    assert eval_rows(often).keys() == {*range(0, 60 + online, 7), *ends}
+    assert same(load_checkpoint(rare), load_checkpoint(often))
 
 
-def test_the_return_is_that_of_the_saved_actor_on_normalised_states(run):
-    folder = run("a")
-    checkpoint, args = load_checkpoint(folder), read_args(folder)
-    _, mean, std = load_dataset(args)
-    agent = Agent(11, 3, args)
-    agent.load_state_dict(checkpoint["agent"])
-    assert torch.equal(agent.mean, mean) and torch.equal(agent.std, std)
-    act = lambda s: agent.actor(((torch.tensor(s) - mean) / std).float()).detach().numpy()  # noqa: E731
-    returns, lengths = evaluate(act, [make_env(args), make_env(args)], seed=1000)
-    step, mean_return, std, score, mean_length, episodes, _ = checkpoint["evaluations"][-1]
-    assert (step, episodes, score) == (60, 2, None)
-    assert mean_return == pytest.approx(returns.mean(), rel=1e-3) and mean_length == lengths.mean()
-    assert std == pytest.approx(returns.std(), rel=0.01)
+def test_a_seed_has_its_networks_and_batches_and_the_return_is_the_saved_actors_on_normalized_states():
+    folder, other = (run(dmg_offline, **small(dmg_offline, seed=x, learning_rate=1e-12)) for x in (0, 1))
+    found, other, args = load_checkpoint(folder), load_checkpoint(other), dmg_offline.read_args(folder)
+    assert {"actor.0.0.weight", "critic.q1.0.weight"} <= moved(found, other)
+    assert not torch.equal(found["random"], other["random"])
+    s = dmg_offline.load_dataset(args)[0].double().numpy()
+    mean, std = s.mean(0), s.std(0) + 1e-3
+    agent = dmg_offline.Agent(11, 3, args)
+    agent.load_state_dict(found["agent"])
+    np.testing.assert_allclose(torch.stack([agent.mean, agent.std]), [mean, std], rtol=1e-6, atol=1e-7)
+    act = lambda s: agent.actor(torch.tensor((s - mean) / std).float()).detach().numpy()  # noqa: E731
+    envs = [dmg_offline.make_env(args), dmg_offline.make_env(args)]
+    returns, lengths = dmg_offline.evaluate(act, envs, seed=1000)
+    expected = returns.mean(), returns.std(), np.nan, lengths.mean()
+    np.testing.assert_allclose([float(x) for x in eval_rows(folder)[60]], expected, rtol=1e-3, atol=1e-3)
 
 
-def start(script, args):
-    """A process of its own that runs main(args); what it prints goes to the file log."""
-    code = f"from math import inf\nimport {script.__name__} as s\ns.main(s.Args(**{vars(args)!r}))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with open("log", "a") as log:
-        return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log)
+def test_dropout_acts_in_training_and_not_in_the_evaluation(dropout, monkeypatch):
+    seen, s = [], np.ones((50, 11), np.float32)
+    for name in ("evaluate", "update"):
+
+        def spy(first, *rest, name=name, function=getattr(dropout, name)):
+            act = first if name == "evaluate" else first.act
+            seen.append((name, np.array_equal(act(s), act(s))))
+            return function(first, *rest)
+
+        monkeypatch.setattr(dropout, name, spy)
+    folder = run(dropout, **small(dropout, steps=2, eval_frequency=1))
+    assert seen == [("evaluate", True), ("update", False)] * 2 + [("evaluate", True)]
+    assert "__dmg_dropout__" in folder.name
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_run_killed_at_random_moments_ends_in_the_same_bits(name, run, tmp_path, monkeypatch):
-    script = importlib.import_module(name)
-    begun = time.monotonic()
-    whole = run("whole", script, steps=200)
-    duration = time.monotonic() - begun
-    (tmp_path / "killed").mkdir()
-    monkeypatch.chdir(tmp_path / "killed")
-    write_hdf5("hopper.hdf5", d4rl_arrays())
-    rng, killed = random.Random(name), 0
-    for attempt in range(3):
-        folder = next((path.parent for path in Path("runs").glob("*/checkpoint.pt")), None)
-        args = script.read_args(str(folder)) if folder else arguments(script, steps=200)
-        args.resume = folder and str(folder)
-        process = start(script, args)
-        if attempt < 2:
-            while not [*Path("runs").glob("*/checkpoint.pt")] and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.5) * duration)
-            process.kill()
-        status = process.wait(timeout=120)
-        killed += status == -signal.SIGKILL
-        assert status in (0, -signal.SIGKILL), Path("log").read_text()
-    assert killed and status == 0
-    assert same(final(folder), final(whole)) and scalars(folder) == scalars(whole)  # nothing is seen twice
+@AND_DROPOUT
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(name):
+    script, rng = importlib.import_module(name), random.Random(name)
+    args = script.Args(**small(script, steps=200, eval_frequency=10))
+    whole, before = run(script, **vars(args)), {*Path("runs").glob("*/checkpoint.pt")}
+    for evaluations in (1, rng.randrange(5, 12), 99):  # killed a moment after so many; the last time never
+        process = SERVER.Process(target=script.main, args=(args,))
+        process.start()
+        while process.is_alive():
+            process.join(0.01)
+            for path in {*Path("runs").glob("*/checkpoint.pt")} - before:
+                args.resume = str(path.parent)
+            if args.resume and len(eval_rows(args.resume)) >= evaluations:
+                process.join(rng.uniform(0, 0.05))
+                process.kill()
+        assert process.exitcode == (0 if evaluations == 99 else -signal.SIGKILL)
+    assert_same_run(args.resume, whole)
 
 
-def test_a_finished_run_resumed_changes_nothing_and_a_checkpoint_is_whole_at_every_moment(run, monkeypatch):
-    folder, save = run("a"), torch.save
-    before = final(folder), scalars(folder)
-    resume(folder)
-    assert same(final(folder), before[0]) and scalars(folder) == before[1]
+def test_a_finished_run_resumed_changes_nothing_and_a_checkpoint_is_never_half_written():
+    folder, save = run(dmg_offline, **small(dmg_offline)), torch.save
+    files = lambda: {x: x.read_bytes() for x in folder.iterdir() if "tfevents" not in x.name}  # noqa: E731
+    before = files(), scalars(folder)
+    run(dmg_offline, "--resume", folder)
+    assert (files(), scalars(folder)) == before
 
     def half(state, path):
         save(state, path)
         Path(path).write_bytes(Path(path).read_bytes()[:1000])
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(torch, "save", half)
-        resume(folder, gradient_steps=80)
-    checkpoint = load_checkpoint(folder)
-    assert checkpoint["step"] == 60
-    checkpoint["evaluations"][-1][-1] = 1e6  # seconds
-    torch.save(checkpoint, folder / "checkpoint.pt")
-    resume(folder)
-    assert load_checkpoint(folder)["evaluations"][-1][-1] > 1e6  # the clock goes on
+        resume(dmg_offline, folder, gradient_steps=80)
+    assert load_checkpoint(folder)["step"] == 60
+    resume(dmg_offline, folder, gradient_steps=80)
+    assert load_checkpoint(folder)["step"] == 80 and [*eval_rows(folder)] == [0, 20, 40, 60, 80]
     assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [0, 20, 40, 60, 80]  # once
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_resumed_run_takes_another_learning_rate_and_normalisation(name, run):
+def assert_refused(script, folder, done, **fewer):
+    sentence = refusal(lambda: resume(script, folder, **fewer))
+    assert str(folder) in sentence and f"{done} steps" in sentence
+
+
+@EACH
+def test_a_resumed_run_takes_another_learning_rate_device_and_number_of_steps_but_not_fewer(name):
     script = importlib.import_module(name)
-    folder = run("a", script, steps=20, normalize_states=True)
-    before = load_checkpoint(folder)["agent"]
-    length = {"offline_steps" if script is dmg_finetune else "gradient_steps": 40}
-    resume(folder, script, learning_rate=0.0, normalize_states=False, **length)
-    after = load_checkpoint(folder)["agent"]
-    assert before["mean"].abs().max() > 0 and not after["mean"].any() and (after["std"] == 1).all()
-    moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
-    assert "critic_optimizer.steps.0" in moved
-    assert all(name in ("mean", "std") or "_optimizer" in name or "_target" in name for name in moved)
+    before = load_checkpoint(folder := run(script, **small(script, steps=20)))
+    _, seen = spied(script, resume, script, folder, learning_rate=0.002, **offline(script, 40))
+    middle, args = load_checkpoint(folder), script.read_args(folder)
+    own = getattr(script, "actor_learning_rate", lambda *_: 0.002)
+    for k, (*_, rates) in enumerate(seen):
+        assert rates == pytest.approx([own(21 + k, args), *[0.002] * (len(rates) - 1)], rel=1e-6)
+    on_gpu = {"device": "cuda", "random": torch.zeros(16, dtype=torch.uint8)}
+    torch.save(middle | on_gpu, folder / "checkpoint.pt")
+    steps = "--offline-steps" if script is dmg_finetune else "--gradient-steps"
+    run(script, "--resume", folder, "--learning-rate", 0, steps, 60)
+    after = load_checkpoint(folder)
+    assert all("_target" in name for name in moved(middle, after))
+    assert [x["optimizers"][1][0]["step"] for x in (before, middle, after)] == [20, 40, 60]
+    assert after["device"] == "cpu" and after["random"].shape == middle["random"].shape
+    assert_refused(script, folder, 60, **offline(script, 59))
+
+
+@EACH
+def test_mean_and_std_belong_to_the_networks_whatever_data_come(name):
+    """With --resume, and with dmg_finetune's --checkpoint, on other data of the same robot."""
+    script = importlib.import_module(name)
+    source = run(script, **small(script, steps=20, normalize_states=True))
+    before = load_checkpoint(source)["agent"]
+    other = {"dataset_path": "other_units.hdf5"} | offline(script, 40)
+    runs = [(source, spied(script, resume, script, source, normalize_states=False, **other)[1])]
+    if script is dmg_finetune:
+        source = run(dmg_offline, **small(dmg_offline, steps=20))
+        args = vars(dmg_finetune.checkpoint_args(str(source))) | other | {"online_steps": 0}
+        runs.append(spied(script, run, script, **args))
+    for folder, seen in runs:
+        after = load_checkpoint(folder)["agent"]
+        assert torch.equal(after["mean"], before["mean"]) and torch.equal(after["std"], before["std"])
+        _, (s, *_), indices = drawn(script, folder, seen)  # by that mean and std
+        assert 2 < s.mean() < 4 and 4 < s.std() < 6 and len(indices) == 20
 
 
 @pytest.mark.parametrize("script", [dmg_finetune, iql])
-def test_online_no_saved_transition_is_lost_and_a_new_episode_begins(script, run, monkeypatch):
-    folder = run("a", script, steps=10, online=35)
+def test_online_no_saved_transition_is_lost_and_a_new_episode_begins(script):
+    """Also where the file is another one: all online rows are in one unit."""
+    folder = run(script, **small(script, steps=10, online=35, normalize_states=True))
     saved = load_checkpoint(folder)["online"]
-    assert len(saved["rows"][0]) == 35
-    assert (saved["ends"] or [0])[-1] < 35  # unfinished, else the rest proves nothing
-    seeds, begin = [], script.Replay.begin_episode
-
-    def begin_episode(self):
-        begin(self)
-        seeds.append((len(self.ends), self.observation.copy()))
-
-    monkeypatch.setattr(script.Replay, "begin_episode", begin_episode)
-    resume(folder, script, online_steps=65)
-    ended, number = load_checkpoint(folder)["online"], len(saved["ends"]) + 1
-    observation = dict(seeds)[number]
+    number, agent = len(saved["ends"]) + 1, script.Agent(11, 3, args := script.read_args(folder))
+    assert len(saved["rows"][0]) == 35 and (saved["ends"] or [0])[-1] < 35  # an unfinished episode
+    resume(script, folder, online_steps=65, dataset_path="other_units.hdf5")
+    ended = load_checkpoint(folder)["online"]
     assert len(ended["rows"][0]) == 65 and same([x[:35] for x in ended["rows"]], saved["rows"])
-    assert ended["ends"][: len(saved["ends"]) + 1] == [*saved["ends"], 35]
-    assert len(ended["returns"]) == len(ended["ends"]) and np.isnan(ended["returns"][len(saved["ends"])])
-    env = make_env(Args(env_id="Hopper-v4", dataset_path="hopper.hdf5"))
-    np.testing.assert_array_equal(observation, env.reset(seed=10_000_000 + number)[0])
-    agent = script.Agent(11, 3, script.read_args(str(folder)))
+    assert ended["ends"][:number] == [*saved["ends"], 35]
+    for fewer in (offline(script, 9), offline(script, 11), {"online_steps": 64}):
+        assert_refused(script, folder, 75, **fewer)
     agent.load_state_dict(load_checkpoint(folder)["agent"])
-    np.testing.assert_allclose(ended["rows"][0][35], agent.normalise(observation), rtol=1e-6)
+    env = script.make_env(args)
+    for row, seed in ((0, 10_000_000), (35, 10_000_000 + number)):
+        expected = agent.normalize(env.reset(seed=seed)[0])
+        np.testing.assert_allclose(ended["rows"][0][row], expected, rtol=1e-5, atol=1e-6)

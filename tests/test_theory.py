@@ -29,46 +29,29 @@ def random_mdps(seed=0, most=3, exact=False):
 
 
 RANDOM, TIGHT = random_mdps(), random_mdps(seed=1, most=1, exact=True)
+RANDOM_Q = np.random.default_rng(2).normal(0, 10, (2, MDPS, STATES, 9))
 
 
-def best(q, actions):
-    return np.where(actions, q, -np.inf).max(-1)
-
-
-def back_up(m, v, gamma):
-    return m.r + gamma * np.einsum("bsat,...bt->...bsa", m.p, v)
-
-
-def dmg(m, q, lam, gamma):
-    """Eq. 6; lam = 0 is Eq. 7, the in-sample operator."""
-    return back_up(m, lam * best(q, m.mild) + (1 - lam) * best(q, m.data), gamma)
+def dmg(m, q, lam, gamma, rest=None, reward=1):
+    """Eq. 6; lam = 0 is Eq. 7, the in-sample operator. The last two are for wrong ones."""
+    mild, data = (np.where(actions, q, -np.inf).max(-1) for actions in (m.mild, m.data))
+    v = lam * mild + (1 - lam if rest is None else rest) * data
+    return reward * m.r + gamma * np.einsum("bsat,...bt->...bsa", m.p, v)
 
 
 WRONG = {
     "gamma too large": lambda m, q, lam, g: dmg(m, q, lam, 1.1 * g),
     "lam halved": lambda m, q, lam, g: dmg(m, q, lam / 2, g),
     "lam swapped": lambda m, q, lam, g: dmg(m, q, 1 - lam, g),
-    "weights lam, 1": lambda m, q, lam, g: back_up(m, lam * best(q, m.mild) + best(q, m.data), g),
+    "weights lam, 1": partial(dmg, rest=1),
     "weights -lam, 1+lam": lambda m, q, lam, g: dmg(m, q, -lam, g),
-    "no reward": lambda m, q, lam, g: dmg(m, q, lam, g) - m.r,
+    "no reward": partial(dmg, reward=0),
 }
-RANDOM_Q = np.random.default_rng(2).normal(0, 10, (2, MDPS, STATES, 9))
-
-
-def norm(q):
-    """Maximum norm on the mild area, of each MDP."""
-    return np.where(RANDOM.mild, abs(q), 0).max((-1, -2))
-
-
-def fixed_point(operator, lam, gamma):
-    q = np.zeros_like(RANDOM.r)
-    for _ in range(int(np.log(1e-13) / np.log(gamma))):
-        q = operator(RANDOM, q, lam, gamma)
-    return q
 
 
 def check_contraction(operator, gamma):
     """Theorem 2: ||T Q1 - T Q2|| <= gamma ||Q1 - Q2||, with equality where they differ by a constant."""
+    norm = lambda q: np.where(RANDOM.mild, abs(q), 0).max((-1, -2))  # noqa: E731  on the mild area
     q, other = RANDOM_Q
     for lam in LAMS:
         for difference in (other, 0.1 * other, abs(other)):
@@ -80,25 +63,23 @@ def check_contraction(operator, gamma):
 
 def greedy(q, area, gamma):
     """Of the policy that is greedy in q within the area: q, and the true value (I - gamma P)^-1 R."""
-    pi = np.where(getattr(RANDOM, area), q, -np.inf).argmax(-1)[..., None]
+    pi = np.where(area, q, -np.inf).argmax(-1)[..., None]
     r, p = np.take_along_axis(RANDOM.r, pi, 2), np.take_along_axis(RANDOM.p, pi[..., None], 2)[:, :, 0]
     return np.take_along_axis(q, pi, 2)[..., 0], np.linalg.solve(np.eye(STATES) - gamma * p, r)[..., 0]
 
 
 def check_performance(operator, gamma):
     """Theorem 3: V^pi_DMG >= Q*_lam(s, pi_DMG(s)) >= V^pi_In, the first with equality for lam = 1 only."""
-    stars = [fixed_point(operator, lam, gamma) for lam in LAMS]
-    _, v_in = greedy(stars[0], "data", gamma)
-    for lam, star in zip(LAMS, stars, strict=True):
-        q_dmg, v_dmg = greedy(star, "mild", gamma)
+    stars = {lam: np.zeros_like(RANDOM.r) for lam in LAMS}
+    for lam in LAMS:
+        for _ in range(int(np.log(1e-13) / np.log(gamma))):
+            stars[lam] = operator(RANDOM, stars[lam], lam, gamma)
+    _, v_in = greedy(stars[0], RANDOM.data, gamma)
+    for lam, star in stars.items():
+        q_dmg, v_dmg = greedy(star, RANDOM.mild, gamma)
         assert (v_dmg >= q_dmg - 1e-10).all() and (q_dmg >= v_in - 1e-10).all()
         assert (v_dmg - q_dmg).max() > 1e-2 if lam < 1 else (v_dmg - q_dmg).max() < 1e-10
         assert (v_dmg - v_in).max() > 1e-2 and (q_dmg - v_in).max() > 1e-2  # strictly better somewhere
-
-
-def mcshane(m, q):
-    """The largest extension of q that rises by at most K0 a unit from every dataset action."""
-    return (q[:, :, None] + K0 * m.to_data).min(-1)
 
 
 def bound(lam, eps, k_q, gamma, k):
@@ -115,12 +96,13 @@ WRONG_BOUNDS = {
 
 
 def overestimation(m, operator, limit, lam, gamma, start=0.0):
-    """Q^k - Q_In^k and its bound, k = 1...STEPS: T knows the dataset's rows, mcshane invents the rest."""
+    """Q^k - Q_In^k and its bound, k = 1...STEPS. T knows the dataset's rows; the others are invented as the
+    largest that rise by at most K0 a unit from every dataset action (McShane)."""
     run = np.where(m.mild[:, :, None] & m.mild[..., None] & (m.distance > 0), m.distance, np.inf)
     q = q_in = start + np.zeros_like(m.r)
     k_q, gaps = np.zeros(MDPS), []
     for _ in range(STEPS):
-        q = np.where(m.data, q, mcshane(m, q))
+        q = np.where(m.data, q, (q[:, :, None] + K0 * m.to_data).min(-1))
         k_q = np.maximum(k_q, (abs(q[:, :, None] - q[..., None]) / run).max((1, 2, 3)))  # measured, not K0
         q, q_in = operator(m, q, lam, gamma), operator(m, q_in, 0.0, gamma)
         gaps.append(np.where(m.data, q - q_in, 0))

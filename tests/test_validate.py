@@ -1,8 +1,7 @@
-"""benchmark/validate_environments.py: both kinds of policy are rolled out, the picture has every row."""
+"""Both kinds of D4RL's policies are rolled out; the pictures of returns and of goals have every point."""
 
 import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +10,8 @@ from test_regenerate import weights
 plt = pytest.importorskip("matplotlib.pyplot", reason="needs benchmark/requirements.txt")
 plt.switch_backend("agg")
 
+import regenerate_d4rl as d4rl  # noqa: E402
 import validate_environments as validate  # noqa: E402
-
-RESULT = Path(__file__).resolve().parent.parent / "benchmark/results/validation.csv"
 
 
 def test_policies_are_rolled_out_and_drawn(tmp_path):
@@ -23,25 +21,28 @@ def test_policies_are_rolled_out_and_drawn(tmp_path):
     (tmp_path / "published_returns.json").write_text(json.dumps(published))
     args = validate.Args(str(tmp_path), tmp_path / "v.csv", episodes=2, names=tuple(published)[:2])
     validate.roll_out(args)
-    rows = list(csv.DictReader(args.csv.open()))
-    kinds = [(x["policy"], x["environment"], x["episodes"]) for x in rows]
-    robots = [("hopper_online_1", kind, "2") for kind in ("faithful", "stock")]
-    assert kinds == [*robots, ("antmaze_umaze_dapg_0", "maze", "2")]
-    assert rows[0]["return_mean"] != rows[1]["return_mean"] and float(rows[0]["return_mean"]) > 1
-    assert rows[2]["length_mean"] == "700" and rows[2]["published_mean"] == "0.1"
+    hopper, stock, ant = csv.DictReader(args.csv.open())
+    assert [x["policy"] for x in (hopper, stock, ant)] == [*["hopper_online_1"] * 2, "antmaze_umaze_dapg_0"]
+    assert [x["environment"] for x in (hopper, stock, ant)] == ["faithful", "stock", "maze"]
+    assert hopper["return_mean"] != stock["return_mean"] and float(hopper["return_mean"]) > 1
+    assert ant["length_mean"] == "700" and ant["published_mean"] == "0.1" and ant["episodes"] == "2"
     validate.draw(args.csv)
     assert plt.imread(tmp_path / "v.png").std() > 0.05
 
 
-def test_the_committed_figures_say_what_the_documents_say(tmp_path, monkeypatch):
-    (path := tmp_path / "validation.csv").write_text(RESULT.read_text())
+def test_the_committed_pictures_say_what_the_documents_say(monkeypatch):
     figures = []
     monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    validate.draw(path)
-    axes = figures[0].axes
-    counts = [axis.get_title().split("\n")[1].split(" policies")[0] for axis in axes]
-    assert counts == ["32 of 33", "17 of 33", "28 of 33"]
-    for axis in axes:
-        assert "(%)" in axis.get_xlabel() and "(%)" in axis.get_ylabel()
-        shown = sum(len(bars.lines[0].get_xdata()) for bars in axis.containers)
-        assert shown == 33 and len(axis.get_legend().get_texts()) == 3
+    d4rl.draw_goals("goals.png")
+    for axis in figures[0].axes:
+        boxes = [x.get_bbox().extents.tolist() for x in axis.patches if not x.get_fill()]
+        assert boxes == [[0, 8, 1.5, 9.5], [0, 8, 3, 11]] and "(m)" in axis.get_xlabel()
+    audit, ours = (axis.collections[0].get_offsets() for axis in figures[0].axes)
+    assert np.array_equal(audit, np.loadtxt(d4rl.AUDIT, delimiter=",")) and not np.array_equal(audit, ours)
+    assert len(ours) == 1426 and (ours >= [0, 8]).all() and (ours <= [3, 11]).all()
+    validate.draw(d4rl.AUDIT.with_name("validation.csv"))
+    titles = [axis.get_title().split("\n")[1].split(" policies")[0] for axis in figures[1].axes]
+    assert titles == ["32 of 33", "17 of 33", "28 of 33"]
+    for axis in figures[1].axes:
+        assert "(%)" in axis.get_xlabel() and "(%)" in axis.get_ylabel() and len(axis.containers) == 3
+        assert sum(len(bars.lines[0].get_xdata()) for bars in axis.containers) == 33
