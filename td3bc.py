@@ -253,12 +253,13 @@ def read_hdf5(path):
         timeouts = file.get("timeouts", np.zeros(len(s)))[:]
         stored = "next_observations" in file
         next_s = file.get("next_observations", np.roll(s, -1, 0))[:]  # else the next row's observation
-    kept = timeouts.reshape(-1) == 0  # at a timeout the next row is of another episode
+    r, terminals, timeouts = r.reshape(-1), terminals.reshape(-1), timeouts.reshape(-1)  # some are (N, 1)
+    kept = timeouts == 0  # at a timeout the next row is of another episode
     if not stored:
         kept[-1:] = False
         if not timeouts.any() and not terminals.all():
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
-    lost = ((terminals == 1) | (r == 1)).reshape(-1)[~kept].sum()  # r == 1: a success
+    lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: a success
     if lost:
         advice = "to keep a terminal row mark it as no timeout, and let some row follow the last"
         print(f"Warning: {path}: as in d4rl, {lost} rows with a terminal or reward 1 are dropped: {advice}")
@@ -276,6 +277,7 @@ def open_minari(env_id):
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
     wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
     spec.additional_wrappers = tuple(wrappers)
+    spec.kwargs.pop("render_mode", None)
     # the dataset names code: only registered environments and Gymnasium's wrappers without a memory may run
     allowed = [environment.entry_point for environment in gym.registry.values()]
     for part in (spec, *wrappers):
@@ -285,10 +287,13 @@ def open_minari(env_id):
     return dataset
 
 
-def read_minari(env_id):
-    """s, a, r, next_s, terminated of a Minari dataset, its observations as vectors."""
+def read_minari(env_id, space):
+    """s, a, r, next_s, terminated of a Minari dataset, its observations, of `space`, as vectors."""
     dataset = open_minari(env_id)
-    space = dataset.observation_space
+    if gym.spaces.flatdim(dataset.observation_space) != gym.spaces.flatdim(space):
+        raise ValueError(
+            f"{env_id} has observations of {dataset.observation_space}, its environment of {space}"
+        )
     episodes = []
     for episode in dataset:
         observations = gym.vector.utils.iterate(space, episode.observations)
@@ -299,28 +304,23 @@ def read_minari(env_id):
 
 def load_dataset(args):
     """s, a, r, next_s, terminated of all transitions, float32: states as recorded, actions in [-1, 1]."""
+    env = make_raw_env(args)
+    space, box = env.observation_space, env.action_space
     name = args.dataset_path or args.env_id
     # five arrays of your own can stand here: s, a, r, next_s, terminated
     if args.dataset_path or name in D4RL_FILES:
         columns = read_hdf5(args.dataset_path or download_d4rl(name))
     else:
-        columns = read_minari(name)
+        columns = read_minari(name, space)
 
     # what would train, but on garbage, is refused; reshape refuses columns of other lengths or widths
-    env = make_raw_env(args)
-    box = env.action_space
-    state_dim = gym.spaces.flatdim(env.observation_space)
-    rows, *shape = columns[0].shape
-    if rows == 0 or math.prod(shape) != state_dim:
-        raise ValueError(
-            f"{name} has {rows} observations of {shape}, its environment {env.observation_space}"
-        )
-    shapes = (state_dim,), box.shape, (), (state_dim,), ()
+    rows = len(columns[0])
+    shapes = (gym.spaces.flatdim(space),), box.shape, (), (gym.spaces.flatdim(space),), ()
     columns = [x.astype(np.float32).reshape(rows, *shape) for x, shape in zip(columns, shapes, strict=True)]
     s, a, r, next_s, terminated = columns
     next_s[terminated == 1] = 0  # not used, often NaN
-    if not all(np.isfinite(x).all() for x in columns):
-        raise ValueError(f"{name} has numbers that are not finite")
+    if rows == 0 or not all(np.isfinite(x).all() for x in columns):
+        raise ValueError(f"{name} has no transitions, or numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
     if not 0.01 < np.abs(a).max() < 1.001:  # within bounds of 1e6, say, all actions would be 0
         raise ValueError(f"{name} has actions that do not fit the environment's {box.low} to {box.high}")
@@ -394,7 +394,6 @@ def make_raw_env(args, **options):
     if is_environment(args.env_id):
         env = gym.make(args.env_id, **options)
     else:
-        options = {"render_mode": None} | options  # not the recorded one
         env = open_minari(args.env_id).recover_environment(eval_env=True, **options)
     return env if getattr(env.spec, "max_episode_steps", None) else TimeLimit(env, 1000)
 
