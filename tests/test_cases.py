@@ -171,8 +171,7 @@ def test_recorders_are_dropped_and_other_wrappers_of_gymnasium_kept(store):
     lambda _, spec: spec.update(HARM), lambda _, spec: spec.update(HARM, id="harm:Env-v0"),
     lambda metadata, spec: metadata.update(eval_env_spec=json.dumps(spec | HARM)),
     lambda _, spec: spec.update(additional_wrappers=[HARM | {"name": "Env", "kwargs": {}}]),
-    lambda metadata, spec: (metadata.pop("observation_space"), spec.update(HARM)),
-], ids=["entry point", "id", "evaluation", "wrapper", "no spaces"])  # fmt: skip
+], ids=["entry point", "id", "evaluation", "wrapper"])  # fmt: skip
 def test_a_set_cannot_choose_what_code_is_imported(store, monkeypatch, edit):
     args = store(gym.make("Pendulum-v1"), edit=edit)
     monkeypatch.syspath_prepend(".")

@@ -166,7 +166,7 @@ def test_first_actions_are_uniform_and_later_ones_the_actors_with_noise():
 
 
 @pytest.mark.filterwarnings("ignore:.*(WARN|reward|terminated|truncated)")  # Gymnasium's own opinion
-@pytest.mark.parametrize("reward", [np.float32, int, lambda k: np.array([k / 2]), lambda k: np.array(k)])
+@pytest.mark.parametrize("reward", [np.float32, int, lambda k: np.array(k)])
 def test_from_scratch_an_own_environment_in_a_module_may_use_numpys_types(reward, room, monkeypatch):
     """From scratch: no data, lam 1, nu 0, and training after learning_starts."""
     args = Args(env_id="Hopper-v5", from_scratch=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, d4rl_arrays, refusal, run, write_hdf5
+from conftest import d4rl_arrays, refusal, run, write_hdf5
 
 pytest.importorskip("rliable", reason="needs benchmark/requirements.txt")
 import evaluations
@@ -38,7 +38,7 @@ def by_hand(tmp_path_factory):
     runs += [a_run(0, {MILLION: 22.0}, flags="gamma=0.9"), a_run(0, {MILLION: 11.0}, lam=1.0)]
     runs += [a_run(seed, {MILLION: 50.0 + seed}, algorithm="IQL") for seed in range(4)]
     runs += [a_run(0, {MILLION: 70 + lam}, algorithm="mine", lam=lam) for lam in (0.25, 1.0)]
-    for k, script in enumerate(("", "12345678", "12e45678")):  # the last is not 12 with 45678 zeros
+    for k, script in enumerate(("", "12345678", "87654321")):  # digits, but no numbers
         runs += [a_run(0, {MILLION: 73.0 + k}, algorithm="ours", script=script)]
     again = {"env_id": "antmaze-umaze-v2", "dataset": "umaze.hdf5", "nu": 0.5}
     runs += [a_run(0, {50_000: 15.0, 350_000: 96.0}, **again)]
@@ -47,7 +47,7 @@ def by_hand(tmp_path_factory):
     online = {"env_id": "antmaze-umaze-v2", "online": MILLION, "nu": 0.5}
     runs += [a_run(s, {MILLION: 90.0 + s, 2 * MILLION: 95.0 + s}, **online) for s in (0, 1)]
     runs += [a_run(0, {500: 41.0, 600: 65.0}, steps=500, **online | again | {"online": 100})]
-    runs += [a_run(0, {10: np.nan}, env_id="Ant-v5", steps=10, return_mean=3000.0)]
+    runs += [a_run(0, {10: np.nan}, env_id="Ant-v5", steps=10, return_mean=3000.0, lam=0.5)]
     folder, figures = tmp_path_factory.mktemp("report"), {}
     data = pd.DataFrame([row for rows in runs for row in rows]).reindex(columns=COLUMNS)
     data.to_csv(folder / "in.csv", index=False)
@@ -59,13 +59,13 @@ def by_hand(tmp_path_factory):
 
 def test_cells_are_means_of_finished_seeds_beside_the_papers_score(by_hand):
     # seeds 90, 100, 110: mean 100, sample deviation 10; IQL 50 to 53: 51.5 and sqrt(5/3)
-    text, scripts = by_hand[0], "ours | ours (script 123456) | ours (script 12e456) |\n"
+    text, scripts = by_hand[0], "ours | ours (script 123456) | ours (script 876543) |\n"
     assert f"| data | DMG | DMG (paper) | IQL | IQL (paper) | mine | {scripts}" in text
     dmg = "100.0 ± 10.0 (3 seeds, 1 unfinished, 1 diverged) | 100.6 ± 1.9 | 51.5 ± 1.3 (4 seeds) | 66.2 |"
     others = "70.2 (1 seed) | 73.0 (1 seed) | 74.0 (1 seed) | 75.0 (1 seed) |\n"
     assert f"| hopper-medium-v2 | {dmg} {others}" in text
     row = "| antmaze-umaze-v2 | 90.5 ± 0.7 (2 seeds) | 92.4 | 95.5 ± 0.7 (2 seeds) | 93.4 |"
-    assert row in text and "| Ant-v5 | 3000.0 (1 seed) |" in text
+    assert row in text and "| Ant-v5 lam=0.5 | 3000.0 (1 seed) |" in text
     # other settings have rows of their own, without the paper's score
     found = re.findall(r"^\| hopper-medium-v2(.*)", text.split("## Everything")[0], re.M)
     gamma, lam = (row.replace("|  ", "") for row in found[1:])
@@ -97,7 +97,7 @@ def test_pictures_show_every_curve_in_a_colour_of_its_own_with_units_and_a_cross
     assert lines.pop("DMG").get_xydata().tolist() == [[500_000, 32.6], [MILLION, 100.0]]
     assert lines.pop("DMG, paper, original data, 1M steps").get_color() == "black"
     scores = {"DMG gamma=0.9": 22, "DMG lam=1": 11, "IQL": 51.5, "mine": 70.25, "mine lam=1": 71, "ours": 73}
-    scores |= {"ours (script 123456)": 74, "ours (script 12e456)": 75}
+    scores |= {"ours (script 123456)": 74, "ours (script 876543)": 75}
     assert {name: line.get_ydata()[-1] for name, line in lines.items()} == scores
     assert len({plt.matplotlib.colors.to_hex(line.get_color()) for line in lines.values()} - {"#000000"}) == 8
     (cross,) = [line for line in axis.lines if line.get_marker() == "x"]
@@ -107,14 +107,14 @@ def test_pictures_show_every_curve_in_a_colour_of_its_own_with_units_and_a_cross
     assert legend == {"DMG", "IQL", "TD3+BC", "DMG, paper, original data, 1M steps"}
     (paper,) = [line for line in again.axes[0].lines if "paper" in line.get_label()]
     assert paper.get_ydata() == [92.4, 92.4]
-    assert all("steps" in axis.get_xlabel() for figure in by_hand[1].values() for axis in figure.axes)
-    assert "(%)" in axis.get_ylabel()
+    axes = [axis for figure in by_hand[1].values() for axis in figure.axes]
+    assert all("steps" in axis.get_xlabel() and "(" in axis.get_ylabel() for axis in axes)
 
 
 def test_run_folders_and_kept_copies_of_them_become_the_same_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arrays, offline = d4rl_arrays(), SMALL | {"env_id": "hopper-medium-v2"}
-    offline |= {"gradient_steps": 20, "eval_frequency": 10}
+    arrays, offline = d4rl_arrays(), {"env_id": "hopper-medium-v2", "cuda": False, "gradient_steps": 20}
+    offline |= {"eval_frequency": 10, "eval_episodes": 1, "batch_size": 8}
     good = run(dmg_offline, **offline, dataset_path=write_hdf5("good.hdf5", arrays))
     with pytest.raises(FloatingPointError):
         bad = write_hdf5("bad.hdf5", arrays | {"rewards": 1e25 * arrays["rewards"]})

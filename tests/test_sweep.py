@@ -29,11 +29,8 @@ def start(tmp_path, *flags):
 
 
 def wait_for(condition):
-    for _ in range(900):
-        if found := condition():
-            return found
-        time.sleep(0.1)
-    raise AssertionError("nothing came")
+    tries = (condition() or time.sleep(0.1) for _ in range(900))
+    return next(filter(None, tries))
 
 
 def attempts(folder):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,17 +15,19 @@ import regenerate_d4rl as d4rl  # noqa: E402
 import validate_environments as validate  # noqa: E402
 
 
-def test_policies_are_rolled_out_and_drawn(tmp_path):
+def test_policies_are_rolled_out_and_drawn(tmp_path, monkeypatch):
     np.savez(tmp_path / "hopper_online_1.npz", **weights(11, 3))
     np.savez(tmp_path / "antmaze_umaze_dapg_0.npz", **weights(29, 8))
     published = {"hopper_online_1": [20.0, 3.0], "antmaze_umaze_dapg_0": [0.1, 0.3], "absent": [0, 0]}
     (tmp_path / "published_returns.json").write_text(json.dumps(published))
     args = validate.Args(str(tmp_path), tmp_path / "v.csv", episodes=2, names=tuple(published)[:2])
+    monkeypatch.setattr(validate.dmg, "evaluate", spy := Mock(wraps=validate.dmg.evaluate))
     validate.roll_out(args)
+    masses = [call.args[1][0].unwrapped.model.body_mass.sum() for call in spy.call_args_list]
+    assert 1.03 < masses[1] / masses[0] < 1.05  # today's Hopper is heavier than D4RL's
     hopper, stock, ant = csv.DictReader(args.csv.open())
-    assert [x["policy"] for x in (hopper, stock, ant)] == [*["hopper_online_1"] * 2, "antmaze_umaze_dapg_0"]
     assert [x["environment"] for x in (hopper, stock, ant)] == ["faithful", "stock", "maze"]
-    assert hopper["return_mean"] != stock["return_mean"] and float(hopper["return_mean"]) > 1
+    assert hopper["policy"] == stock["policy"] == "hopper_online_1" and float(hopper["return_mean"]) > 1
     assert ant["length_mean"] == "700" and ant["published_mean"] == "0.1" and ant["episodes"] == "2"
     validate.draw(args.csv)
     assert plt.imread(tmp_path / "v.png").std() > 0.05
