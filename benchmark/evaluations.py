@@ -101,7 +101,7 @@ def collect(sources):
     found = []
     for source in map(Path, sources):
         if source.suffix == ".csv" and source.exists():
-            earlier = pd.read_csv(source, float_precision="round_trip", dtype={"script": str})
+            earlier = pd.read_csv(source, float_precision="round_trip", dtype=dict.fromkeys(CELL[:4], str))
             found.append(earlier.reindex(columns=COLUMNS))
         for path in sorted(source.rglob("*.json")):
             if path.name != "args.json" and not path.with_suffix(".csv").exists():

@@ -11,5 +11,6 @@ for processes in 4 12; do
     --steps 1000 --turns 5 --output "$folder/$processes.json" | tee "$folder/$processes.md"
 done
 echo quit | nvidia-cuda-mps-control || true
-(time python dmg_offline.py --gradient-steps 100000) 2>&1 | tail -n 6 | tee "$folder/run.txt"
+export MINARI_DATASETS_PATH=datasets
+(time python dmg_offline.py --env-id dmg/halfcheetah/medium-replay-v0 --gradient-steps 100000) 2>&1 | tail -n 6 | tee "$folder/run.txt"
 python -m pytest -q tests/test_speed.py | tee "$folder/tests.txt"

@@ -2,6 +2,7 @@
 # The whole report in small, on the bundled set: nothing to download, and the scores say nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export MINARI_DATASETS_PATH="$PWD/datasets"
 small() { # small "SCRIPTS" "VALUES"
     # shellcheck disable=SC2086 # lists of words
     python benchmark/sweep.py --scripts $1 --folder benchmark-runs-small --seeds 0 1 \

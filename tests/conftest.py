@@ -57,26 +57,23 @@ def room(tmp_path_factory):
 
 
 def run(script=dmg_finetune, *flags, **settings):
-    """A whole run in this process, with flags as from the command line: its folder, None if it is resumed."""
+    """A whole run in this process, with flags as from the command line: its folder, None if resumed."""
     before = set(Path("runs").glob("*"))
     if flags:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr("sys.argv", [script.__file__, *map(str, flags)])
             runpy.run_path(script.__file__, run_name="__main__")
+    elif "resume" in settings:
+        vars(args := script.read_args(settings["resume"])).update(settings)
+        script.main(args)
     else:
         script.main(script.Args(**settings))
     (folder,) = set(Path("runs").glob("*")) - before or [None]
     return folder and folder.resolve()
 
 
-def resume(script, folder, **changes):
-    args = script.read_args(folder)
-    vars(args).update(changes, resume=str(folder))
-    script.main(args)
-
-
 def spied(script, function, *args, learn=True, **settings):
-    """function's result; of each update the batch, lam, nu, gamma and rates. Or updates do nothing."""
+    """function's result; of each update batch, lam, nu, gamma and rates. learn=False: updates do nothing."""
     seen, update = [], script.update if learn else lambda *_: {"q_values": torch.zeros(())}
 
     def spy(agent, batch, *rest):
@@ -118,12 +115,12 @@ def load_checkpoint(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 
 
-def eval_rows(folder, since=0):
+def eval_rows(folder):
     """{step: the rest of its line} of eval.csv; what a killed run evaluated twice was the same."""
-    lines = {*(Path(folder) / "eval.csv").read_text().splitlines()[1:]}
-    rows = {int(line.split(",")[0]): line.split(",")[1:] for line in sorted(lines)}
+    lines = {(*line.split(","),) for line in (Path(folder) / "eval.csv").read_text().splitlines()[1:]}
+    rows = {int(step): row for step, *row in sorted(lines, key=lambda line: int(line[0]))}
     assert len(rows) == len(lines)
-    return {step: rows[step] for step in sorted(rows) if step >= since}
+    return rows
 
 
 def same(a, b):

@@ -117,8 +117,7 @@ def test_columns_of_shape_n_1_are_read_as_well(keys):
     ("observations", 7, np.nan, "not finite"), ("observations", 7, 1e39, "not finite"),  # beyond float32
     ("rewards", 7, -1e39, "not finite"), ("terminals", 7, 0.5, "other than 0 and 1"),
     ("actions", 7, 1.002, "actions .* -1.* to .*1"), ("actions", 7, -1.002, "actions .* -1.* to .*1"),
-    ("actions", ..., 1e-3, "actions .* do not fit"), ("timeouts", ..., 1, "0 observations"),
-    ("observations", None, np.zeros((600, 12)), r"\[12\].*\(11,\)"),
+    ("actions", ..., 1e-3, "actions .* do not fit"), ("timeouts", ..., 1, "no transitions"),
 ])  # fmt: skip
 def test_unusable_file_is_refused_with_its_own_sentence(key, index, value, words):
     x = d4rl_arrays()

@@ -1,6 +1,7 @@
 """dmg_finetune.py: schedules, the hand-over from offline to online, the replay, the limit TD3, refusals."""
 
 import functools
+import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -32,25 +33,17 @@ def test_lam_and_nu_near_their_ends_as_in_the_official_code_and_antmaze_large_ha
     for name in (*large, "antmaze-medium-play-v2", "antmaze-umaze-v2", "hopper-medium-v2", "my/large-v0"):
         args = Args(env_id=name, gamma=0.98)
         assert (args.gamma, args.gamma_online) == (0.98, 0.995 if name in large else 0.98)
-        assert Args(env_id=name, gamma_online=0.9).gamma_online == 0.9
 
 
 def test_each_update_is_given_the_numbers_of_its_time_and_update_1000_is_decayed():
-    settings = {"offline_steps": 40, "online_steps": 1001, "lam": 0.3, "nu": 0.7, "gamma_online": 0.9}
+    settings = {"offline_steps": 41, "online_steps": 1001, "lam": 0.3, "nu": 0.7, "gamma_online": 0.9}
     _, numbers, rates = zip(*spied_run(**DATA | settings, learn=False)[1], strict=True)
     decayed = 0.5 - 0.2 * 0.99, 0.005 + 0.695 * 0.99, 0.9
-    np.testing.assert_allclose(numbers, 40 * [(0.3, 0.7, 0.99)] + 999 * [(0.3, 0.7, 0.9)] + 2 * [decayed])
-    actors = [dmg_finetune.actor_learning_rate(k, Args(offline_steps=40)) for k in range(1, 1042)]
+    np.testing.assert_allclose(numbers, 41 * [(0.3, 0.7, 0.99)] + 999 * [(0.3, 0.7, 0.9)] + 2 * [decayed])
+    offline = dmg_offline.Args(gradient_steps=41)
+    actors = [dmg_offline.actor_learning_rate(k, offline) for k in range(1, 42)] + 1001 * [3e-4]
     np.testing.assert_allclose(rates, [(x, 3e-4, 3e-4) for x in actors], rtol=1e-6)
-
-
-def test_the_actors_learning_rate_is_dmg_offlines_and_then_constant():
-    rate = dmg_finetune.actor_learning_rate
-    for n in (1, 51, 1000):
-        args, offline = Args(offline_steps=n), dmg_offline.Args(gradient_steps=n)
-        expected = [dmg_offline.actor_learning_rate(k, offline) for k in range(1, n + 1)]
-        assert [rate(k, args) for k in range(1, n + 3)] == pytest.approx([*expected, 3e-4, 3e-4], rel=1e-9)
-    assert rate(1, Args(offline_steps=0)) == 3e-4
+    assert dmg_finetune.actor_learning_rate(1, Args(offline_steps=1)) > 0
 
 
 FEW = DATA | {"eval_frequency": 20, "eval_episodes": 2, "seed": 3, "nu": 0.3, "lam": 0.15}
@@ -63,23 +56,23 @@ def test_the_offline_part_has_dmg_offlines_bits_and_its_checkpoint_continues_as_
     assert own.pop("online")["ends"] == [] and same(own, saved)
     assert eval_rows(folder) == rows and [*rows] == [0, 20, 40, 51]
     whole = run(offline_steps=51, online_steps=50, **FEW)
-    folder = run(dmg_finetune, "--checkpoint", offline_folder(), "--online-steps", 50)
-    assert same(saved := load_checkpoint(folder), load_checkpoint(whole))
-    assert eval_rows(folder) == eval_rows(whole, since=51) and eval_rows(folder)[51] == rows[51]
-    args = dmg_finetune.read_args(folder)
-    assert (args.seed, args.nu, args.eval_frequency, args.exp_name) == (3, 0.3, 20, "dmg_finetune")
-    assert (args.offline_steps, args.checkpoint) == (51, offline_folder())
+    copy = shutil.copytree(offline_folder(), "copy")
+    folder = run(dmg_finetune, "--checkpoint", copy, "--online-steps", 50)
+    saved = load_checkpoint(folder)
+    assert same(saved, load_checkpoint(whole)) and eval_rows(folder)[51] == rows[51]
+    assert eval_rows(folder) == {step: row for step, row in eval_rows(whole).items() if step > 50}
     assert [state[0]["step"] for state in saved["optimizers"]] == [50, 101, 101]  # Adam continues to count
-
-
-def test_a_checkpoint_of_a_dmg_finetune_run_starts_another_one():
-    first = run(**HOPPER)
-    folder = run(dmg_finetune, "--checkpoint", first, "--online-steps", 30, "--learning-rate", 0)
-    saved, ended = load_checkpoint(first), load_checkpoint(folder)
-    assert (saved["step"], dmg_finetune.read_args(folder).offline_steps, ended["step"]) == (100, 100, 130)
-    assert len(ended["online"]["rows"][0]) == 30 and eval_rows(folder)[100] == eval_rows(first)[100]
-    moved = {name for name, x in saved["agent"].items() if not torch.equal(x, ended["agent"][name])}
-    assert all("_target" in name for name in moved)
+    # and so does the checkpoint of this very run, without a step of its learning
+    again = run(dmg_finetune, "--checkpoint", folder, "--online-steps", 30, "--learning-rate", 0)
+    ended, first_row, last_row = load_checkpoint(again), eval_rows(again)[101], eval_rows(folder)[101]
+    assert (ended["step"], len(ended["online"]["rows"][0]), first_row) == (131, 30, last_row)
+    assert all("_target" in name or same(x, ended["agent"][name]) for name, x in saved["agent"].items())
+    shutil.rmtree(copy)  # the arguments are readable without it
+    args, names = (
+        dmg_finetune.read_args(folder),
+        ("seed", "nu", "eval_frequency", "exp_name", "offline_steps"),
+    )
+    assert [getattr(args, name) for name in names] == [3, 0.3, 20, "dmg_finetune", 51]
 
 
 class Line(gym.Env):
@@ -153,16 +146,13 @@ def test_dataset_and_online_rows_are_drawn_alike():
 
 def test_first_actions_are_uniform_and_later_ones_the_actors_with_noise():
     settings = PENDULUM | {"learning_starts": 400, "online_steps": 800, "eval_frequency": 1000}
-    saved = load_checkpoint(spied_run(**settings, exploration_noise=0.1, learn=False)[0])
+    saved = load_checkpoint(spied_run(**settings, learn=False)[0])
     s, a, *_ = saved["online"]["rows"]
     uniform = (a[:400, 0].sort().values + 1) / 2
     assert (uniform - torch.linspace(0, 1, 400)).abs().max() < 0.08  # Kolmogorov-Smirnov, 1 %
     (agent := Agent(3, 1, Args())).load_state_dict(saved["agent"])
     noise = a[400:] - agent.actor(s[400:]).detach()
     assert noise.std().item() == pytest.approx(0.1, rel=0.1) and abs(noise.mean().item()) < 0.02
-    wild = PENDULUM | {"learning_starts": 0, "exploration_noise": 9.0}
-    actions = load_checkpoint(run(**wild))["online"]["rows"][1]
-    assert actions.max() == 1 and actions.min() == -1 and Args().exploration_noise == 0.1
 
 
 @pytest.mark.filterwarnings("ignore:.*(WARN|reward|terminated|truncated)")  # Gymnasium's own opinion
@@ -175,9 +165,11 @@ def test_from_scratch_an_own_environment_in_a_module_may_use_numpys_types(reward
     (room / "own_env.py").write_text("import gymnasium\ngymnasium.register('Own-v0', 'test_finetune:Line')")
     monkeypatch.syspath_prepend(str(room))
     monkeypatch.setattr(Line.__init__, "__defaults__", (reward, 4, np.bool_))
-    folder = run(**PENDULUM | {"env_id": "own_env:Own-v0", "learning_starts": 5, "online_steps": 10})
+    steps = {"learning_starts": 5, "online_steps": 10, "exploration_noise": 99.0}
+    folder = run(**PENDULUM | steps | {"env_id": "own_env:Own-v0"})
     saved, expected = load_checkpoint(folder), [float(np.sum(reward(k % 4 + 1))) for k in range(10)]
-    s, _, r, _, terminated = saved["online"]["rows"]
+    s, a, r, _, terminated = saved["online"]["rows"]
+    assert a[:5].abs().max() < 1 == a[5:].abs().max()  # the noise is clipped
     assert r.tolist() == expected and terminated.tolist() == [float(k % 4 == 3) for k in range(10)]
     assert s[:, 1].tolist() == [k % 4 for k in range(10)] and saved["online"]["ends"] == [4, 8]  # raw
     assert [state[0]["step"] for state in saved["optimizers"]] == [3, 5, 5] and "own_env-Own" in folder.name

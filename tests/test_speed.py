@@ -62,12 +62,12 @@ CPP = pytest.param(td3bc, "inductor", marks=pytest.mark.skipif(not shutil.which(
 
 @pytest.mark.parametrize("script, backend", [CPP, *EAGER])
 def test_compiled_and_plain_update_agree(script, backend, monkeypatch):
-    """C++ takes a minute each: of the others only the trace is tested."""
+    """C++ takes half a minute, without the actor's update: of the others the trace is tested, with it."""
     whole = lambda f, fullgraph, c=torch.compile: c(f, fullgraph=fullgraph, backend=backend)  # noqa: E731
     monkeypatch.setattr(torch, "compile", whole)
     (agent, args), (compiled, flags) = learner(script), learner(script, compile=True)
     learn = script.accelerate(compiled, flags)
-    for k in (1, 3, 5) if backend == "inductor" else (1, 2, 3):
+    for k in (2, 4, 6) if backend == "inductor" else (1, 3, 5):
         found, expected = learn(*given(script, k)), plain(script, agent, args, k)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     found, expected = dict(compiled.state_dict()), dict(agent.state_dict())
@@ -77,7 +77,7 @@ def test_compiled_and_plain_update_agree(script, backend, monkeypatch):
 @SCRIPTS
 def test_a_cuda_graph_is_captured_after_nine_plain_steps_and_then_replayed(script, monkeypatch):
     """A graph of this test's own, on a CPU: while it is captured nothing runs, at each replay all of it."""
-    (agent, args), (reference, _), on_cpu = learner(script), learner(script), learner(script)
+    (agent, args), (reference, _) = learner(script), learner(script)
     steps, capturing, seen, update = range(16), [], [], script.update
     expected = [plain(script, reference, args, k) for k in steps]
 
@@ -106,23 +106,21 @@ def test_a_cuda_graph_is_captured_after_nine_plain_steps_and_then_replayed(scrip
     assert same(inputs, [given(script, k) for k in steps])  # the graph's inputs are its own
     seen.clear()
     args.cudagraphs = False
-    for learn in (script.accelerate(on_gpu, args), script.accelerate(*on_cpu)):
-        for k in steps:
-            learn(*given(script, k))
-    assert seen == 32 * ["plain"]
+    learn = script.accelerate(on_gpu, args)
+    for k in steps:
+        learn(*inputs[k])
+    assert seen == 16 * ["plain"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @SCRIPTS
 def test_graphed_and_plain_updates_agree_on_a_gpu(script):
     states = []
-    for graphs in (False, True):
-        agent, args = learner(script, "cuda", cudagraphs=graphs)
-        learn = script.accelerate(agent, args)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(torch.cuda.Stream()):  # a graph cannot be captured on the default one
+        for graphs in (False, True):
+            agent, args = learner(script, "cuda", cudagraphs=graphs)
+            learn = script.accelerate(agent, args)
             for k in range(30):
                 learn(*given(script, k, "cuda"))
-        torch.cuda.synchronize()
-        states.append(dict(agent.state_dict()))
+            states.append({name: x.cpu() for name, x in agent.state_dict().items()})
     torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)  # cuBLAS may choose other kernels under capture

@@ -1,6 +1,6 @@
 """Theorems 2 to 4 of the paper on random tabular MDPs. Each check must fail on wrong versions."""
 
-from functools import partial
+from functools import partial, reduce
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,14 +14,12 @@ OWNER = np.array([0, 1, 2, 0, 0, 1, 1, 2, 2])  # columns: three dataset actions,
 def random_mdps(seed=0, most=3, exact=False):
     """1 to `most` dataset actions a state, two mild ones within eps (`exact`: at eps) of each (Eq. 5)."""
     rng = np.random.default_rng(seed)
-    eps = rng.uniform(0.01, 0.5, (MDPS, 1, 1))
-    angle = rng.uniform(0, 2 * np.pi, (MDPS, STATES, 6))
-    radius = eps * (1 if exact else rng.random((MDPS, STATES, 6)))
-    x = rng.uniform(-1, 1, (MDPS, STATES, 3, 2))[:, :, OWNER]
-    x[:, :, 3:] += radius[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+    radius = rng.uniform(0.01, 0.5, (MDPS, 1, 1)) * (1 if exact else rng.random((MDPS, STATES, 6)))
+    x = (rng.uniform(-1, 1, (MDPS, STATES, 3, 2)) @ [1, 1j])[:, :, OWNER]  # actions in the plane
+    x[:, :, 3:] += radius * np.exp(2j * np.pi * rng.random((MDPS, STATES, 6)))
     mild = rng.integers(1, most + 1, (MDPS, STATES, 1)) > OWNER  # false: the column is unused
     data = mild & (np.arange(9) < 3)
-    distance = np.linalg.norm(x[:, :, :, None] - x[:, :, None], axis=-1)
+    distance = abs(x[:, :, :, None] - x[:, :, None])
     to_data = np.where(data[:, :, None], distance, np.inf)
     eps = np.where(mild, to_data.min(-1), 0).max((1, 2))  # the smallest
     p, r = rng.dirichlet(np.full(STATES, 0.3), (MDPS, STATES, 9)), rng.random((MDPS, STATES, 9))
@@ -70,10 +68,8 @@ def greedy(q, area, gamma):
 
 def check_performance(operator, gamma):
     """Theorem 3: V^pi_DMG >= Q*_lam(s, pi_DMG(s)) >= V^pi_In, the first with equality for lam = 1 only."""
-    stars = {lam: np.zeros_like(RANDOM.r) for lam in LAMS}
-    for lam in LAMS:
-        for _ in range(int(np.log(1e-13) / np.log(gamma))):
-            stars[lam] = operator(RANDOM, stars[lam], lam, gamma)
+    steps = range(int(np.log(1e-13) / np.log(gamma)))
+    stars = {x: reduce(lambda q, _, x=x: operator(RANDOM, q, x, gamma), steps, 0 * RANDOM.r) for x in LAMS}
     _, v_in = greedy(stars[0], RANDOM.data, gamma)
     for lam, star in stars.items():
         q_dmg, v_dmg = greedy(star, RANDOM.mild, gamma)

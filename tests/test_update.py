@@ -91,14 +91,12 @@ def crossed(x, at):
     return x
 
 
-OTHERS = {"lam": 0.6, "nu": 0.7, "gamma": 0.9, "policy_noise": 0.3, "noise_clip": 0.4, "expectile": 0.8}
-
-
 @pytest.mark.parametrize("script, lam, nu, tau, alpha, most, gamma, noise_of, clip, settings", [
     (dmg_offline, 0.25, 0.1, 0.7, 3, 3, 0.99, 0.2, 0.5, {"env_id": "hopper-medium-v2"}),
     (dmg_offline, 0.25, 10, 0.7, 3, 3, 0.99, 0.2, 0.5, {"env_id": "hopper-expert-v2"}),
     (dmg_offline, 0.25, 0.5, 0.9, 10, 100, 0.99, 0.2, 0.5, {"env_id": "antmaze-umaze-v2"}),
-    (dmg_offline, 0.6, 0.7, 0.8, 3, 3, 0.9, 0.3, 0.4, OTHERS),
+    (dmg_offline, 0.6, 0.7, 0.8, 3, 3, 0.9, 0.3, 0.4,
+     {"lam": 0.6, "nu": 0.7, "gamma": 0.9, "policy_noise": 0.3, "noise_clip": 0.4, "expectile": 0.8}),
     (td3bc, 1, 1 / 2.5, None, None, None, 0.99, 0.2, 0.5, {"env_id": "hopper-medium-v2"}),
 ])  # fmt: skip
 def test_the_update_is_the_published_one(script, lam, nu, tau, alpha, most, gamma, noise_of, clip, settings):
