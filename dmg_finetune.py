@@ -6,7 +6,8 @@ https://arxiv.org/abs/2411.07934
     python dmg_finetune.py --env-id antmaze-umaze-v2
     python dmg_finetune.py --checkpoint runs/<a run of dmg_offline.py>
 
-Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, replay, main.
+Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, replay, main. A block headed
+"the same in ..." is shared with the project's other scripts.
 The update equals the authors' published code to 1e-13 (float64; tests/test_update.py computes it again).
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report the last evaluation of a run, its mean and standard deviation over seeds.
@@ -166,7 +167,7 @@ class TwinCritic(nn.Module):
 def adam(net, args):
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)  # filled by minimize
-    # a tensor, for a CUDA graph would freeze a number
+    # a tensor, for a CUDA graph would freeze a number; capturable is for such a graph, too
     learning_rate = torch.tensor(args.learning_rate, device=next(net.parameters()).device)
     return torch.optim.Adam(net.parameters(), learning_rate, fused=not args.compile, capturable=True)
 

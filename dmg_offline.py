@@ -5,7 +5,8 @@ https://arxiv.org/abs/2411.07934
 
     python dmg_offline.py --env-id walker2d-medium-v2 --lam 0.25
 
-Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, main.
+Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, main. A block headed "the
+same in ..." is shared with the project's other scripts: what else there is, is DMG.
 The update equals the authors' published code to 1e-13 (float64; tests/test_update.py computes it again).
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report the last evaluation of a run, its mean and standard deviation over seeds.
@@ -143,7 +144,7 @@ class TwinCritic(nn.Module):
 def adam(net, args):
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)  # filled by minimize
-    # a tensor, for a CUDA graph would freeze a number
+    # a tensor, for a CUDA graph would freeze a number; capturable is for such a graph, too
     learning_rate = torch.tensor(args.learning_rate, device=next(net.parameters()).device)
     return torch.optim.Adam(net.parameters(), learning_rate, fused=not args.compile, capturable=True)
 

@@ -90,9 +90,8 @@ def test_dropout_acts_in_training_and_not_in_the_evaluation(dropout, monkeypatch
 
     for name, act_of in (("evaluate", lambda act: act), ("update", lambda agent: agent.act)):
         monkeypatch.setattr(dropout, name, functools.partial(spy, getattr(dropout, name), act_of))
-    folder = run(dropout, **small(dropout, steps=2, eval_frequency=1))
+    run(dropout, **small(dropout, steps=2, eval_frequency=1))
     assert seen == [("evaluate", True), ("update", False)] * 2 + [("evaluate", True)]
-    assert "__dmg_dropout__" in folder.name
 
 
 @AND_DROPOUT
@@ -115,14 +114,13 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(name):
 
 
 def test_a_finished_run_resumed_changes_nothing_and_a_checkpoint_is_never_half_written(monkeypatch):
-    folder, save = run(dmg_offline, **small(dmg_offline)), torch.save
+    folder = run(dmg_offline, **small(dmg_offline))
     before = everything(folder), (folder / "args.json").read_bytes()
     run(dmg_offline, "--resume", folder)
     assert same((everything(folder), (folder / "args.json").read_bytes()), before)
 
     def half(state, path):
-        save(state, path)
-        Path(path).write_bytes(Path(path).read_bytes()[:1000])
+        Path(path).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", half)
@@ -132,7 +130,7 @@ def test_a_finished_run_resumed_changes_nothing_and_a_checkpoint_is_never_half_w
     monkeypatch.undo()
     run(dmg_offline, resume=folder, gradient_steps=80)
     checkpoint, rows, logs = everything(folder)
-    steps = [step for step, _ in logs["eval/episodic_return"]]  # each once
+    steps = [step for step, _ in logs["eval/episodic_return"]]
     assert checkpoint["step"] == 80 and steps == [*rows] == [0, 20, 40, 60, 80]
 
 

@@ -35,20 +35,16 @@ def given(script, k, device="cpu"):
     return (batch,) if script is iql else (batch, noise.to(device), k % 2 == 1)
 
 
-def plain(script, agent, args, k):
-    batch, *rest = given(script, k)
-    return script.update(agent, batch, *rest[:1], args, *rest[1:])
-
-
 @SCRIPTS
 def test_an_update_has_no_needless_matrix_products_and_does_all_in_place(script):
     """One fused Adam a network. A CUDA graph needs the rest; reading numbers back stops test_compiled."""
     agent, args = learner(script)
-    plain(script, agent, args, 1)
+    learn = script.accelerate(agent, args)  # update itself
+    learn(*given(script, 1))
     state = agent.state_dict() | {f"{name}.grad": p.grad for name, p in agent.actor.named_parameters()}
     at, before = [x.data_ptr() for x in state.values()], {name: x.clone() for name, x in state.items()}
     with torch.autograd.profiler.profile() as profile:
-        plain(script, agent, args, 3)
+        learn(*given(script, 3))
     calls = {call.key: call.count for call in profile.key_averages()}
     most = {dmg_offline: (39, 26, 3), dmg_finetune: (39, 26, 3), iql: (24, 20, 3), td3bc: (24, 21, 2)}[script]
     assert all(calls[f"aten::{x}"] <= n for x, n in zip(("addmm", "mm", "_fused_adam_"), most, strict=True))
@@ -56,22 +52,21 @@ def test_an_update_has_no_needless_matrix_products_and_does_all_in_place(script)
     assert {name for name, x in state.items() if torch.equal(x, before[name])} == {"mean", "std"}
 
 
-EAGER = [(script, "eager") for script in ALL[:3]]
 CPP = pytest.param(td3bc, "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs g++"))
 
 
-@pytest.mark.parametrize("script, backend", [CPP, *EAGER])
+@pytest.mark.parametrize("script, backend", [CPP, *((script, "eager") for script in ALL[:3])])
 def test_compiled_and_plain_update_agree(script, backend, monkeypatch):
     """C++ takes half a minute, without the actor's update: of the others the trace is tested, with it."""
     whole = lambda f, fullgraph, c=torch.compile: c(f, fullgraph=fullgraph, backend=backend)  # noqa: E731
     monkeypatch.setattr(torch, "compile", whole)
     (agent, args), (compiled, flags) = learner(script), learner(script, compile=True)
-    learn = script.accelerate(compiled, flags)
+    plain, learn = script.accelerate(agent, args), script.accelerate(compiled, flags)
     for k in (2, 4, 6) if backend == "inductor" else (1, 3, 5):
-        found, expected = learn(*given(script, k)), plain(script, agent, args, k)
+        found, expected = learn(*given(script, k)), plain(*given(script, k))
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
-    found, expected = dict(compiled.state_dict()), dict(agent.state_dict())
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5)  # Adam magnifies a gradient's last bit
+    states = dict(compiled.state_dict()), dict(agent.state_dict())
+    torch.testing.assert_close(*states, rtol=1e-3, atol=2e-5)  # Adam magnifies a gradient's last bit
 
 
 @SCRIPTS
@@ -79,7 +74,8 @@ def test_a_cuda_graph_is_captured_after_nine_plain_steps_and_then_replayed(scrip
     """A graph of this test's own, on a CPU: while it is captured nothing runs, at each replay all of it."""
     (agent, args), (reference, _) = learner(script), learner(script)
     steps, capturing, seen, update = range(16), [], [], script.update
-    expected = [plain(script, reference, args, k) for k in steps]
+    inputs, plain = [given(script, k) for k in steps], script.accelerate(reference, args)
+    expected = [plain(*given(script, k)) for k in steps]
 
     class Graph:
         def replay(self):
@@ -98,7 +94,7 @@ def test_a_cuda_graph_is_captured_after_nine_plain_steps_and_then_replayed(scrip
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(CUDAGraph=Graph, graph=capture, current_stream=int))
     monkeypatch.setattr(script, "update", recorded)
     on_gpu = SimpleNamespace(mean=SimpleNamespace(is_cuda=True, device=torch.device("cuda")))
-    learn, inputs = script.accelerate(on_gpu, args), [given(script, k) for k in steps]
+    learn = script.accelerate(on_gpu, args)
     assert all(same(learn(*inputs[k]), expected[k]) for k in steps)
     graphs = 1 if script is iql else 2
     assert seen == 9 * ["plain"] + graphs * ["capture", "replay"] + (16 - 9 - graphs) * ["replay"]

@@ -92,8 +92,7 @@ WRONG_BOUNDS = {
 
 
 def overestimation(m, operator, limit, lam, gamma, start=0.0):
-    """Q^k - Q_In^k and its bound, k = 1...STEPS. T knows the dataset's rows; the others are invented as the
-    largest that rise by at most K0 a unit from every dataset action (McShane)."""
+    """Q^k - Q_In^k and its bound, k = 1...STEPS. What T does not know rises by K0 a unit from the data."""
     run = np.where(m.mild[:, :, None] & m.mild[..., None] & (m.distance > 0), m.distance, np.inf)
     q = q_in = start + np.zeros_like(m.r)
     k_q, gaps = np.zeros(MDPS), []
