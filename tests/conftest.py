@@ -63,7 +63,7 @@ def run(script=dmg_finetune, *flags, **settings):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr("sys.argv", [script.__file__, *map(str, flags)])
             runpy.run_path(script.__file__, run_name="__main__")
-    elif "resume" in settings:
+    elif settings.get("resume"):
         vars(args := script.read_args(settings["resume"])).update(settings)
         script.main(args)
     else:
