@@ -110,8 +110,6 @@ class Args:  # None stands for a default that depends on the dataset: see __post
         fill_and_check(self, defaults, from_one, unit_interval, needs_data=not self.from_scratch)
         if 0 < self.online_steps <= self.learning_starts:
             raise ValueError(f"learning_starts, {self.learning_starts}, must be less than online_steps")
-        if self.checkpoint and not Path(f"{self.checkpoint}/checkpoint.pt").is_file():
-            raise ValueError(f"there is no file {self.checkpoint}/checkpoint.pt")
 
 
 # ---- arguments: the same in all four scripts ----
@@ -300,6 +298,8 @@ def explore(agent, observation, t, args):
 
 def checkpoint_args(folder):
     """The arguments of the DMG run in `folder`, whose agent has done all offline steps."""
+    if not Path(folder, "checkpoint.pt").is_file():
+        raise ValueError(f"{folder} is no run with a checkpoint")
     saved = json.loads(Path(folder, "args.json").read_text())
     steps = torch.load(f"{folder}/checkpoint.pt", map_location="cpu")["step"]
     known = {name: saved[name] for name in vars(Args()) if name in saved and name != "exp_name"}
