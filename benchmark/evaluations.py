@@ -195,14 +195,15 @@ def summarise_cells(runs):
     cells["length"] = cells.gradient_steps.where(cells.data != "D4RL made again", 0)
     cells["set"] = cells.env_id + cells.dataset.map(lambda name: f" ({name})" if name else "")
     cells["rank"] = [[*D4RL, x].index(x) for x in cells.env_id]  # the paper's order
-    # a name by itself where all its runs are of one script
-    several = cells.groupby("algorithm").script.transform("nunique") > 1
+    # a name by itself where all its runs in a table are of one script
+    table = ["data", "length", "online_steps"]
+    several = cells.groupby(["algorithm", *table]).script.transform("nunique") > 1
     suffix = " (script " + cells.script.str[:6] + ")"
     cells["label"] = cells.algorithm + suffix.where(several & (cells.script != ""), "")
     # first of its label on a set: the paper's lam and nu, then most runs and steps
     cells["default"] = [settings(cell, cell) == "" for _, cell in cells.iterrows()]
     cells = cells.sort_values(["default", "n", "step"], ascending=False, kind="stable")
-    for _, group in cells.groupby(["label", "set", "data", "length", "online_steps"]):
+    for _, group in cells.groupby(["label", "set", *table]):
         for number, cell in group.iterrows():
             cells.loc[number, "settings"] = settings(cell, group.iloc[0])
     return cells.sort_values(["data", "rank", "set", "settings", "label"], ignore_index=True)

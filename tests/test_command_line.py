@@ -95,7 +95,6 @@ def test_numbers_outside_their_range_are_refused_by_name(script, name, value):
     ("td3bc", "--env-id Hopper-v5", NO_DATA), (FINETUNE, "--env-id Hopper-v5", NO_DATA),
     ("dmg_offline", "--env-id Hopper-v4 --dataset-path nowhere.hdf5", "there is no file nowhere.hdf5"),
     ("dmg_offline", "--resume runs/nowhere", "there is no file runs/nowhere/checkpoint.pt"),
-    (FINETUNE, "--checkpoint runs/nowhere", "there is no file runs/nowhere/checkpoint.pt"),
     ("iql", "--expectile 2", "expectile must be in [0, 1], not 2.0"),
     ("dmg_offline", "--batch-size 1.5", "batch-size"), ("td3bc", "--lam 0.5", "--lam"),
     (FINETUNE, "--from-scratch --dataset-path hopper.hdf5", "no checkpoint and no dataset_path"),
