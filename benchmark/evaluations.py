@@ -163,8 +163,7 @@ def settings(cell, first):
 
     def values(x):
         found = dict(flag.split("=", 1) for flag in x["flags"].split())
-        found |= {name: f"{x[name]:g}" for name in ("lam", "nu") if not pd.isna(x[name])}
-        return found | {"steps": f"{x.gradient_steps:.0f}"}
+        return found | {name: f"{x[name]:g}" for name in ("lam", "nu") if not pd.isna(x[name])}
 
     common = values(first) | {name: f"{x:g}" for name, x in paper_values(cell).items()}
     own = values(cell)
@@ -206,6 +205,9 @@ def summarise_cells(runs):
     for _, group in cells.groupby(["label", "set", *table]):
         for number, cell in group.iterrows():
             cells.loc[number, "settings"] = settings(cell, group.iloc[0])
+    again = cells.duplicated(["label", "set", *table, "settings"])  # they differ in their planned steps alone
+    cells.loc[again, "settings"] += cells.gradient_steps.map(" steps={:.0f}".format)
+    cells["legend"] = (cells.label + " " + cells.settings).str.strip()
     return cells.sort_values(["data", "rank", "set", "settings", "label"], ignore_index=True)
 
 

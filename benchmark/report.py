@@ -45,13 +45,9 @@ def in_order(names):
     return known + sorted(set(names) - set(known))
 
 
-def legend_of(cells):
-    return (cells.label + " " + cells.settings).str.strip()
-
-
 def styles_of(cells):
     """{label: (colour, line)}, no two the same."""
-    others = sorted({*legend_of(cells)} - {*STYLES})
+    others = sorted({*cells.legend} - {*STYLES})
     return STYLES | {x: (hsv_to_rgb(k / len(others), 0.9, 0.75), "-") for k, x in enumerate(others)}
 
 
@@ -120,7 +116,7 @@ def markdown(table):
 
 
 # ---- figures ----
-def draw_cell(axis, cell, data, runs, style, label):
+def draw_cell(axis, cell, data, runs, style):
     """A curve: mean over seeds, shaded the sample deviation; a cross where a seed diverged."""
     counted = of_cell(runs, cell)
     rows = of_cell(data, cell)
@@ -128,7 +124,7 @@ def draw_cell(axis, cell, data, runs, style, label):
     by_step = rows.normalized_score.fillna(rows.return_mean).groupby(rows.step)
     mean, std = by_step.mean(), by_step.std().fillna(0)
     color, line = style
-    axis.plot(mean.index, mean, line, color=color, label=label)
+    axis.plot(mean.index, mean, line, color=color, label=cell.legend)
     axis.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
     for _, run in counted[counted.state == "diverged"].iterrows():
         axis.plot(run.step, run.score, "x", color=color, markersize=9, markeredgewidth=2)
@@ -147,9 +143,8 @@ def curves(data, runs, part, styles, path):
             axis.set_visible(False)
             continue
         cells = part[part["set"] == shown]
-        labels = legend_of(cells)
-        for label in in_order(labels):
-            draw_cell(axis, cells[labels == label].iloc[0], data, runs, styles[label], label)
+        for label in in_order(cells.legend):
+            draw_cell(axis, cells[cells.legend == label].iloc[0], data, runs, styles[label])
         paper = paper_text(2, cells.env_id.iloc[0], "DMG").split(" ")[0]
         if paper and not cells.online_steps.any():
             label = "DMG, paper, original data, 1M steps"
@@ -164,7 +159,7 @@ def curves(data, runs, part, styles, path):
         axis.set_ylim(low, max(high, low + 1))  # a flat curve is not magnified
     legends = [axis.get_legend_handles_labels() for axis in axes.flat[: len(sets)]]
     labels = {name: line for lines, names in legends for line, name in zip(lines, names, strict=True)}
-    place = {"loc": "outside lower center", "ncols": min(4, len(labels)), "frameon": False}
+    place = {"loc": "outside lower center", "ncols": min(width + 1, len(labels)), "frameon": False}
     figure.legend(labels.values(), labels, **place)
     figure.savefig(path, dpi=120)
     plt.close(figure)
