@@ -110,8 +110,8 @@ def collect(sources):
                 found.append(read_run(path))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path.parent} is no run of these scripts: {error!r}") from error
-    if not found:
-        raise ValueError(f"no runs in {' '.join(map(str, sources))}")
+    if not any(map(len, found)):
+        raise ValueError(f"no evaluated runs in {' '.join(map(str, sources))}")
     found = [x.dropna(axis=1, how="all") for x in found]
     data = pd.concat(found, ignore_index=True).reindex(columns=COLUMNS)
     for name in ("script", "dataset", "flags"):
@@ -207,6 +207,7 @@ def summarise_cells(runs):
             cells.loc[number, "settings"] = settings(cell, group.iloc[0])
     again = cells.duplicated(["label", "set", *table, "settings"])  # they differ in their planned steps alone
     cells.loc[again, "settings"] += cells.gradient_steps.map(" steps={:.0f}".format)
+    cells["settings"] = cells.settings.str.strip()
     cells["legend"] = (cells.label + " " + cells.settings).str.strip()
     return cells.sort_values(["data", "rank", "set", "settings", "label"], ignore_index=True)
 

@@ -45,7 +45,7 @@ AUDIT = Path(__file__).with_name("results") / "antmaze_umaze_v2_goals.csv"
 @dataclasses.dataclass
 class Args:
     name: tyro.conf.Positional[str]  # a D4RL v2 name: one of the six mazes, or of a robot with --sac
-    policies: str = ""  # folder of the policies
+    policies: str = "."  # folder of the policies
     sac: tuple[str, ...] = ()  # file names without extension of a robot's policies, which make equal parts
     out: str | None = None  # the file (None: the name and .hdf5)
     steps: int = 1_000_000  # rows

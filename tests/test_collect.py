@@ -25,7 +25,7 @@ def place(tmp_path_factory):
         yield folder
 
 
-def wide(**_):
+def wide():
     """Hopper with actions from -2 to 6."""
     return gym.wrappers.RescaleAction(gym.make("Hopper-v5").unwrapped, np.float32(-2), np.float32(6))
 

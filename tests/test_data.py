@@ -95,7 +95,8 @@ BOTH = {"terminals": LAST, "timeouts": LAST, "rewards": LAST.astype("f4")}  # su
     ({"terminals": ALL, "timeouts": NO}, False, ["1 rows with a terminal"]),
     ({"timeouts": None}, False, ["marks no timeouts"]), ({"timeouts": NO}, False, ["marks no timeouts"]),
     (BOTH, False, ["20 rows with a terminal or reward 1 are dropped"]), (BOTH, True, ["20 rows"]),
-    (BOTH | {"terminals": NO}, False, ["20 rows"]),
+    (BOTH | {"terminals": NO}, False, ["20 rows"]), (BOTH | {"terminals": LAST[:, None]}, False, ["20 rows"]),
+    (BOTH | {"rewards": BOTH["rewards"][:, None]}, False, ["20 rows"]),
 ])  # fmt: skip
 def test_what_is_lost_or_may_be_joined_is_said_aloud(capsys, columns, stored, said):
     x = d4rl_arrays(300)
@@ -137,7 +138,7 @@ def test_antmaze_goal_is_reward_0_and_terminal_whatever_the_terminals_say(capsys
     assert "AntMaze" in refusal(load, x | {"rewards": goal + 0.5}, "antmaze-umaze-v2")
 
 
-def test_mean_and_std_are_summed_in_float64():
+def test_mean_and_std_are_those_of_float64():
     x = d4rl_arrays(20_000)
     x["observations"] = 1000.3 + 0.01 * x["observations"]  # float32 sums are off by more than the std
     x["observations"][:, 4] = 7.0
