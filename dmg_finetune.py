@@ -105,6 +105,7 @@ class Args:  # None stands for a default that depends on the dataset: see __post
             self.offline_steps = 0
             self.lam = self.lam_end = 1.0
             self.nu = self.nu_end = 0.0
+            self.normalize_states = False
         unit_interval = "lam", "lam_end", "expectile", "gamma_online"
         from_one = "policy_frequency", "max_weight"
         fill_and_check(self, defaults, from_one, unit_interval, needs_data=not self.from_scratch)
@@ -145,7 +146,7 @@ def fill_and_check(args, defaults, from_one, unit_interval=(), needs_data=True):
 
 # ---- networks and optimizer: the same in all four scripts ----
 def mlp(n_in, n_out):
-    hidden = nn.Linear(n_in, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)
+    hidden = nn.Linear(n_in, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
     return nn.Sequential(*hidden, nn.Linear(256, n_out))
 
 
@@ -174,8 +175,8 @@ def minimize(loss, optimizer):
     """One step on the optimizer's parameters alone: other networks in the loss get no gradient."""
     parameters = optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss, parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad.copy_(gradient)  # in place: compiled updates and CUDA graphs need it
+    # in place: compiled updates and CUDA graphs need it
+    torch._foreach_copy_([parameter.grad for parameter in parameters], gradients)
     optimizer.step()
 
 
@@ -300,10 +301,9 @@ def checkpoint_args(folder):
     """The arguments of the DMG run in `folder`, whose agent has done all offline steps."""
     if not Path(folder, "checkpoint.pt").is_file():
         raise ValueError(f"{folder} is no run with a checkpoint")
-    saved = json.loads(Path(folder, "args.json").read_text())
     steps = torch.load(f"{folder}/checkpoint.pt", map_location="cpu")["step"]
-    known = {name: saved[name] for name in vars(Args()) if name in saved and name != "exp_name"}
-    return Args(**known | {"checkpoint": folder, "offline_steps": steps, "resume": None})
+    own = {"checkpoint": folder, "offline_steps": steps, "exp_name": Args.exp_name}
+    return dataclasses.replace(read_args(folder), **own)
 
 
 # ---- data: the same in all four scripts ----
@@ -374,19 +374,18 @@ def open_minari(env_id):
     """A Minari dataset, downloaded once. Raises ValueError if its environment cannot be made."""
     dataset = minari.load_dataset(env_id, download=True)
     spec = dataset._eval_env_spec or dataset.env_spec  # the first has no public name
-    if spec is None or len(dataset) == 0:
-        raise ValueError(f"{env_id} has no environment to evaluate in, or no episodes")
-    if spec.id not in gym.registry:
+    if spec and spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
-    wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
-    spec.additional_wrappers = tuple(wrappers)
+    if spec is None or spec.id not in gym.registry or len(dataset) == 0:
+        raise ValueError(f"{env_id} has no registered environment to evaluate in, or no episodes")
     spec.kwargs.pop("render_mode", None)
     # the dataset names code: only registered environments and Gymnasium's wrappers without a memory may run
-    allowed = [environment.entry_point for environment in gym.registry.values()]
-    for part in (spec, *wrappers):
-        stateless = re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", part.entry_point)
-        if part.entry_point not in allowed and not stateless:
-            raise ValueError(f"{env_id} was recorded with {part.entry_point}, which cannot be made again")
+    spec.entry_point = gym.registry[spec.id].entry_point
+    wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
+    spec.additional_wrappers = tuple(wrappers)
+    for wrapper in wrappers:
+        if not re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", wrapper.entry_point):
+            raise ValueError(f"{env_id} was recorded with {wrapper.entry_point}, which cannot be made again")
     return dataset
 
 
@@ -513,7 +512,7 @@ def make_env(args, **options):
 # ---- evaluation: the same in all four scripts ----
 def evaluate(act, envs, seed):
     """Returns and lengths, (n,) each, of a whole episode in each of n envs, the k-th reset with seed + k."""
-    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs))
+    returns, lengths = np.zeros((2, len(envs)))
     observations = np.stack([env.reset(seed=seed + k)[0] for k, env in enumerate(envs)])
     playing = set(range(len(envs)))
     while playing:
@@ -589,13 +588,13 @@ class Replay:
 
     def __init__(self, dataset, env, agent, args):
         self.env = gym.wrappers.RecordEpisodeStatistics(env)
+        self.returns = self.env.return_queue  # of whole online episodes
         self.agent = agent
         self.args = args
         self.first = self.size = len(dataset[0])
         rows = [torch.cat([x, x.new_zeros(args.online_steps, *x.shape[1:])]) for x in dataset]
         self.rows = [x.to(agent.mean.device) for x in rows]
         self.ends = []  # of the online episodes: how many online rows there were
-        self.last_return = math.nan  # of the last whole online episode
         self.begin_episode()
 
     def begin_episode(self):
@@ -605,7 +604,7 @@ class Replay:
 
     def step(self, action):
         """Act, (action_dim,), and add the transition. A timeout is not terminal. AntMaze: reward 0 or -1."""
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        observation, reward, terminated, truncated, _ = self.env.step(action)
         s, next_s = self.agent.normalize(np.stack([self.observation, observation]))
         r = float(reward) - is_antmaze(self.args)
         row = s, torch.as_tensor(action), r, next_s, float(terminated)
@@ -615,7 +614,6 @@ class Replay:
         self.observation = observation
         if terminated or truncated:
             self.ends.append(self.size - self.first)
-            self.last_return = float(info["episode"]["r"])
             self.begin_episode()
 
     def state(self):
@@ -638,7 +636,6 @@ class Replay:
 def main(args):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling it only costs time
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # several stall on a busy CPU
     torch.manual_seed(args.seed)
@@ -652,12 +649,11 @@ def main(args):
     (action_dim,) = envs[0].action_space.shape
     s = next_s = torch.empty(0, state_dim)
     a = torch.empty(0, action_dim)
-    r = torch.empty(0)
-    terminated = torch.empty(0)
+    r = terminated = torch.empty(0)
     if not args.from_scratch:
         s, a, r, next_s, terminated = load_dataset(args)
     agent = Agent(state_dim, action_dim, args, device)
-    if args.normalize_states and not args.from_scratch:
+    if args.normalize_states:
         std, mean = torch.std_mean(s.double(), 0, correction=0)
         agent.mean.copy_(mean)
         agent.std.copy_(std + 1e-3)
@@ -737,7 +733,7 @@ def main(args):
                 raise FloatingPointError(f"diverged at step {step}, last checkpoint in {folder}: {logs}")
             logs["charts/actor_learning_rate"] = lr
             logs |= {"dmg/lam": in_force.lam.item(), "dmg/nu": in_force.nu.item()}
-            logs |= {"charts/episodic_return": replay.last_return} if replay.ends else {}
+            logs |= {"charts/episodic_return": replay.returns[-1]} if replay.returns else {}
             logs["charts/SPS"] = (step - first_step + 1) / (time.time() - start_time)
 
         if evaluate_now:

@@ -124,7 +124,7 @@ def fill_and_check(args, defaults, from_one, unit_interval=(), needs_data=True):
 
 # ---- networks and optimizer: the same in all four scripts ----
 def mlp(n_in, n_out):
-    hidden = nn.Linear(n_in, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)
+    hidden = nn.Linear(n_in, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
     return nn.Sequential(*hidden, nn.Linear(256, n_out))
 
 
@@ -153,8 +153,8 @@ def minimize(loss, optimizer):
     """One step on the optimizer's parameters alone: other networks in the loss get no gradient."""
     parameters = optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss, parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad.copy_(gradient)  # in place: compiled updates and CUDA graphs need it
+    # in place: compiled updates and CUDA graphs need it
+    torch._foreach_copy_([parameter.grad for parameter in parameters], gradients)
     optimizer.step()
 
 
@@ -323,19 +323,18 @@ def open_minari(env_id):
     """A Minari dataset, downloaded once. Raises ValueError if its environment cannot be made."""
     dataset = minari.load_dataset(env_id, download=True)
     spec = dataset._eval_env_spec or dataset.env_spec  # the first has no public name
-    if spec is None or len(dataset) == 0:
-        raise ValueError(f"{env_id} has no environment to evaluate in, or no episodes")
-    if spec.id not in gym.registry:
+    if spec and spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
-    wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
-    spec.additional_wrappers = tuple(wrappers)
+    if spec is None or spec.id not in gym.registry or len(dataset) == 0:
+        raise ValueError(f"{env_id} has no registered environment to evaluate in, or no episodes")
     spec.kwargs.pop("render_mode", None)
     # the dataset names code: only registered environments and Gymnasium's wrappers without a memory may run
-    allowed = [environment.entry_point for environment in gym.registry.values()]
-    for part in (spec, *wrappers):
-        stateless = re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", part.entry_point)
-        if part.entry_point not in allowed and not stateless:
-            raise ValueError(f"{env_id} was recorded with {part.entry_point}, which cannot be made again")
+    spec.entry_point = gym.registry[spec.id].entry_point
+    wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
+    spec.additional_wrappers = tuple(wrappers)
+    for wrapper in wrappers:
+        if not re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", wrapper.entry_point):
+            raise ValueError(f"{env_id} was recorded with {wrapper.entry_point}, which cannot be made again")
     return dataset
 
 
@@ -462,7 +461,7 @@ def make_env(args, **options):
 # ---- evaluation: the same in all four scripts ----
 def evaluate(act, envs, seed):
     """Returns and lengths, (n,) each, of a whole episode in each of n envs, the k-th reset with seed + k."""
-    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs))
+    returns, lengths = np.zeros((2, len(envs)))
     observations = np.stack([env.reset(seed=seed + k)[0] for k, env in enumerate(envs)])
     playing = set(range(len(envs)))
     while playing:
@@ -536,7 +535,6 @@ def accelerate(agent, args):
 def main(args):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # filling it only costs time
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # several stall on a busy CPU
     torch.manual_seed(args.seed)

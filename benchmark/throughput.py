@@ -48,7 +48,6 @@ def torch_learner(name, data, device):
     else:
         args = tyro.cli(script.Args, args=flags)
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
         agent = script.Agent(STATE, ACTION, args, device)
         for number in ("lam", "nu", "gamma") if file == "dmg_finetune" else ():  # they change online
             setattr(args, number, torch.tensor(getattr(args, number), device=device))

@@ -113,7 +113,7 @@ def test_new_rows_stand_behind_the_dataset_in_order_with_normalized_states():
     assert s == [[0, 0], [0, 0.5], [0.5, 0], [0.5, 0.5], [1, 0]]
     assert next_s == [[0, 0.5], [0, 1], [0.5, 0.5], [0.5, 1], [1, 0.5]]
     assert (r, a, terminated) == ([2.5, 5, 2.5, 5, 2.5], 5 * [[0.5]], [0, 1, 0, 1, 0])
-    assert (replay.ends, replay.last_return) == ([2, 4], 7.5)
+    assert (replay.ends, replay.returns[-1]) == ([2, 4], 7.5)
     assert env.seeds == [30_000_000, 30_000_001, 30_000_002]  # far from evaluation's
     saved, (restored, _) = replay_of(Line(end=2), steps=4)[0].state(), replay_of(Line(end=2))
     restored.restore(saved)
@@ -127,7 +127,7 @@ def test_antmaze_success_on_the_last_allowed_step_is_terminal_and_a_timeout_is_n
     assert r == [-1, -1, -1, -float(not success), -1, -1]
     assert terminated == [0, 0, 0, float(success), 0, 0]
     assert [k for _, k in next_s] == [1, 2, 3, 4, 1, 2]  # 4 is the true last one, not the reset's
-    assert (replay.ends, replay.last_return) == ([4], float(success))  # the return is the environment's
+    assert (replay.ends, replay.returns[-1]) == ([4], float(success))  # the return is the environment's
 
 
 def test_dataset_and_online_rows_are_drawn_alike():
