@@ -70,8 +70,8 @@ class Args:  # None stands for a default that depends on the dataset: see __post
     seed: int = 0  # of networks, batches, noise and evaluation episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
     cuda: bool = True  # train on the GPU if there is one
-    cudagraphs: bool = True  # on a GPU, launch the whole update as one CUDA graph
-    compile: bool = False  # torch.compile the update; on a CPU it needs a C++ compiler
+    cudagraphs: bool = True  # on a GPU, launch the update as one CUDA graph; freezes args' numbers
+    compile: bool = False  # torch.compile the update; freezes args' numbers; needs torch 2.13, on a CPU g++
     torch_deterministic: bool = True  # deterministic kernels: one seed, the same bits on the same machine
     capture_video: bool = False  # film the first episode of each evaluation (needs moviepy)
     track: bool = False  # mirror the log to Weights & Biases (needs wandb, takes WANDB_PROJECT, WANDB_ENTITY)
@@ -152,7 +152,7 @@ def adam(net, args):
 def minimize(loss, optimizer):
     """One step on the optimizer's parameters alone: other networks in the loss get no gradient."""
     parameters = optimizer.param_groups[0]["params"]
-    gradients = torch.autograd.grad(loss, parameters)
+    gradients = torch.autograd.grad(loss, parameters)  # not backward(), which would split a compiled update
     # in place: compiled updates and CUDA graphs need it
     torch._foreach_copy_([parameter.grad for parameter in parameters], gradients)
     optimizer.step()
@@ -203,7 +203,7 @@ class Agent(nn.Module):
 def update(agent, batch, noise, args, update_actor):
     """One iteration of Algorithm 1. noise: (B, action_dim), standard normal. Returns detached scalars.
 
-    With CUDA graphs or --compile a number of `args` is frozen: one that is to change must be a tensor.
+    CUDA graphs and --compile freeze the numbers of `args`: one that is to change must be a tensor.
     """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
@@ -283,11 +283,12 @@ D4RL_FILES = dict(entry.split(":") for entry in D4RL_HASHES.split())
 
 def download_d4rl(name):
     """Path of the file of a D4RL v2 name in D4RL's cache folder, downloaded once."""
-    file = f"gym_mujoco_v2/{name[:-3].replace('-', '_')}-v2.hdf5"
     if name.startswith("antmaze"):
         maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[name.split("-")[1]]
         starts, goals = name != "antmaze-umaze-v2", "diverse" in name
         file = f"ant_maze_v2/Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
+    else:
+        file = f"gym_mujoco_v2/{name[:-3].replace('-', '_')}-v2.hdf5"
     path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / Path(file).name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,14 +307,14 @@ def read_hdf5(path):
         stored = "next_observations" in file
         next_s = file.get("next_observations", np.roll(s, -1, 0))[:]  # else the next row's observation
     r, terminals, timeouts = r.reshape(-1), terminals.reshape(-1), timeouts.reshape(-1)  # some are (N, 1)
-    kept = timeouts == 0  # at a timeout the next row is of another episode
+    kept = timeouts == 0  # as d4rl: its next row is of another episode there
     if not stored:
         kept[-1:] = False
         if not timeouts.any() and not terminals.all():
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
     lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: a success
     if lost:
-        advice = "to keep a terminal row mark it as no timeout, and let some row follow the last"
+        advice = "a terminal row that is no timeout, and not the last, is kept"
         print(f"Warning: {path}: as in d4rl, {lost} rows with a terminal or reward 1 are dropped: {advice}")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
@@ -369,15 +370,15 @@ def load_dataset(args):
     shapes = (gym.spaces.flatdim(space),), box.shape, (), (gym.spaces.flatdim(space),), ()
     columns = [x.astype(np.float32).reshape(rows, *shape) for x, shape in zip(columns, shapes, strict=True)]
     s, a, r, next_s, terminated = columns
+    if is_antmaze(args):
+        terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
+        r = r - 1  # 0 at the goal, -1 elsewhere
     next_s[terminated == 1] = 0  # not used, often NaN
     if rows == 0 or not all(np.isfinite(x).all() for x in columns):
         raise ValueError(f"{name} has no transitions, or numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
     if not 0.01 < np.abs(a).max() < 1.001:  # within bounds of 1e6, say, all actions would be 0
         raise ValueError(f"{name} has actions that do not fit the environment's {box.low} to {box.high}")
-    if is_antmaze(args):
-        terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
-        r = r - 1  # 0 at the goal, -1 elsewhere
     if not np.isin(terminated, (0, 1)).all():
         raise ValueError(f"{name} has terminals, or rewards of AntMaze, other than 0 and 1")
     print(f"{name}: {rows:,} transitions, {terminated.sum():,.0f} terminal, mean reward {r.mean():.3f}")
@@ -386,11 +387,11 @@ def load_dataset(args):
 
 # ---- environments: the same in all four scripts ----
 def legacy_inertia(env):
-    """Give the robot of `env` the inertia of its capsules before MuJoCo 2.1.2: else D4RL's agents fall."""
+    """Undo MuJoCo 2.1.2's change of the inertia of capsules (its changelog): else D4RL's agents fall."""
     spec = mujoco.MjSpec.from_file(env.fullpath)
     stock = spec.compile()  # gives the geoms their ids
     for geom in spec.geoms:
-        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # was a cylinder, longer by its radius (changelog)
+        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # was a cylinder, longer by half a radius at each end
             radius, half_length, _ = stock.geom_size[geom.id]
             geom.type, geom.size = mujoco.mjtGeom.mjGEOM_CYLINDER, [radius, half_length + radius / 2, 0]
             geom.pos, geom.quat, geom.fromto[:] = stock.geom_pos[geom.id], stock.geom_quat[geom.id], np.nan
@@ -428,7 +429,7 @@ class D4RLAntMaze(ant_v5.AntEnv):
     def step(self, action):
         self.do_simulation(action, self.frame_skip)
         reached = math.dist(self.data.qpos[:2], self.goal) <= 0.5
-        return self.state_vector(), float(reached), reached, False, {}
+        return self._get_obs(), float(reached), reached, False, {}
 
 
 def make_raw_env(args, **options):
@@ -546,7 +547,7 @@ def main(args):
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     s, a, r, next_s, terminated = load_dataset(args)
     rows, action_dim = a.shape
-    # a mean Q beyond ten times any return has diverged; 1000 leaves room where rewards are small
+    # a mean Q beyond ten times any return has diverged; 1000 leaves room for small rewards, 1.001 for gamma 1
     q_limit = 1000 + 10 * r.abs().max().item() / (1.001 - args.gamma)
     agent = Agent(s.shape[1], action_dim, args, device)
     if args.normalize_states:
@@ -588,7 +589,7 @@ def main(args):
         envs[0] = RecordVideo(env, f"{folder}/videos", lambda _: True, name_prefix=f"from-step-{first_step}")
 
     metrics = {}
-    message = "all steps are done"
+    message = "all steps are done"  # where a finished run is resumed
     start_time = time.time()
     for step in tqdm(range(first_step, args.gradient_steps + 1), unit="step"):
         logs = {}

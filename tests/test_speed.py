@@ -91,7 +91,8 @@ def test_a_cuda_graph_is_captured_after_nine_plain_steps_and_then_replayed(scrip
         return graph.metrics
 
     capture = lambda graph, stream: contextlib.nullcontext(capturing.append(graph))  # noqa: E731
-    monkeypatch.setattr(torch, "cuda", SimpleNamespace(CUDAGraph=Graph, graph=capture, current_stream=int))
+    fake = SimpleNamespace(CUDAGraph=Graph, graph=capture, current_stream=int, is_available=bool)
+    monkeypatch.setattr(torch, "cuda", fake)
     monkeypatch.setattr(script, "update", recorded)
     on_gpu = SimpleNamespace(mean=SimpleNamespace(is_cuda=True, device=torch.device("cuda")))
     learn = script.accelerate(on_gpu, args)
