@@ -146,7 +146,7 @@ def fill_and_check(args, defaults, from_one, unit_interval=(), needs_data=True):
 
 # ---- networks and optimizer: the same in all four scripts ----
 def mlp(n_in, n_out):
-    hidden = nn.Linear(n_in, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+    hidden = nn.Linear(n_in, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)
     return nn.Sequential(*hidden, nn.Linear(256, n_out))
 
 
@@ -166,9 +166,9 @@ class TwinCritic(nn.Module):
 def adam(net, args):
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)  # filled by minimize
-    # a tensor, for a CUDA graph would freeze a number; capturable is for such a graph, too
-    learning_rate = torch.tensor(args.learning_rate, device=next(net.parameters()).device)
-    return torch.optim.Adam(net.parameters(), learning_rate, fused=not args.compile, capturable=True)
+    # a CUDA graph would freeze a number, and needs a capturable Adam
+    lr = torch.tensor(args.learning_rate, device=next(net.parameters()).device)
+    return torch.optim.Adam(net.parameters(), lr, fused=not args.compile, capturable=lr.is_cuda)
 
 
 def minimize(loss, optimizer):
@@ -558,6 +558,7 @@ def accelerate(agent, args):
             step = inspect.unwrap(type(optimizer).step)
             optimizer.step = torch.no_grad()(functools.partial(step, optimizer))
         torch._dynamo.config.trace_autograd_ops = True  # from torch 2.13: takes torch.autograd.grad in
+        torch._inductor.config.cpp_wrapper = not agent.mean.is_cuda  # 5 % faster on a CPU
         learn = torch.compile(learn, fullgraph=True)
     if not (agent.mean.is_cuda and args.cudagraphs):
         return learn

@@ -116,7 +116,7 @@ def fill_and_check(args, defaults, from_one, unit_interval=(), needs_data=True):
 
 # ---- networks and optimizer: the same in all four scripts ----
 def mlp(n_in, n_out):
-    hidden = nn.Linear(n_in, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
+    hidden = nn.Linear(n_in, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)
     return nn.Sequential(*hidden, nn.Linear(256, n_out))
 
 
@@ -136,9 +136,9 @@ class TwinCritic(nn.Module):
 def adam(net, args):
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)  # filled by minimize
-    # a tensor, for a CUDA graph would freeze a number; capturable is for such a graph, too
-    learning_rate = torch.tensor(args.learning_rate, device=next(net.parameters()).device)
-    return torch.optim.Adam(net.parameters(), learning_rate, fused=not args.compile, capturable=True)
+    # a CUDA graph would freeze a number, and needs a capturable Adam
+    lr = torch.tensor(args.learning_rate, device=next(net.parameters()).device)
+    return torch.optim.Adam(net.parameters(), lr, fused=not args.compile, capturable=lr.is_cuda)
 
 
 def minimize(loss, optimizer):
@@ -275,7 +275,7 @@ def reward_scale(s, r, next_s, terminated, args):
     ends[:-1] |= (s[1:] - next_s[:-1]).norm(dim=1) > 1e-6
     ends[-1] = True
     totals = r.double().cumsum(0)[ends]
-    returns = torch.diff(totals, prepend=torch.zeros(1, dtype=torch.float64))
+    returns = totals.diff(prepend=totals.new_zeros(1))
     spread = (returns.max() - returns.min()).item()
     return 1000 / spread if spread > 1e-4 * returns.abs().max() else 1.0  # else they differ by rounding alone
 
@@ -532,13 +532,13 @@ def accelerate(agent, args):
             step = inspect.unwrap(type(optimizer).step)
             optimizer.step = torch.no_grad()(functools.partial(step, optimizer))
         torch._dynamo.config.trace_autograd_ops = True  # from torch 2.13: takes torch.autograd.grad in
+        torch._inductor.config.cpp_wrapper = not agent.mean.is_cuda  # 5 % faster on a CPU
         learn = torch.compile(learn, fullgraph=True)
     if not (agent.mean.is_cuda and args.cudagraphs):
         return learn
     calls = 0
     graph = torch.cuda.CUDAGraph()
-    inputs = None
-    metrics = None
+    inputs = metrics = None
 
     def replay(batch):
         nonlocal calls, inputs, metrics
@@ -639,7 +639,7 @@ def main(args):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
         if checkpoint["device"] == device:  # the generators of CPU and GPU differ
             device_module.set_rng_state(checkpoint["random"])
-    dataset = agent.normalize(s), a.clamp(-1 + 1e-5, 1 - 1e-5), r, agent.normalize(next_s), terminated
+    dataset = agent.normalize(s), a.clamp(-0.99999, 0.99999), r, agent.normalize(next_s), terminated
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:
         replay.restore(checkpoint["online"])
