@@ -178,10 +178,8 @@ def test_a_set_cannot_choose_what_code_is_imported(request, store, monkeypatch, 
     args = store(gym.make("Pendulum-v1"), edit=edit)
     monkeypatch.syspath_prepend(".")
     Path("harm.py").write_text("open('harmed', 'w')\nclass Env: pass\n")
-    if request.node.callspec.id in ("id", "wrapper"):
-        assert args.env_id in refusal(main, args)
-    else:  # the registered one of that id
-        assert make_env(args).unwrapped.spec.entry_point == gym.spec("Pendulum-v1").entry_point
+    refused = request.node.callspec.id in ("id", "wrapper")  # else it is the registered one of that id
+    assert args.env_id in refusal(main, args) if refused else "PendulumEnv" in str(make_env(args))
     assert not Path("harmed").exists() and "harm" not in sys.modules
 
 

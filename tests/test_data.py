@@ -130,10 +130,9 @@ def test_unusable_file_is_refused_with_its_own_sentence(key, index, value, words
 @pytest.mark.parametrize("marked", [(3, 4, 5), (), (7,)])
 def test_antmaze_goal_is_reward_0_and_terminal_whatever_the_terminals_say(capsys, marked):
     goal = np.isin(np.arange(20), (3, 4, 5)).astype(float)  # rows of the first of two trajectories
-    terminals = np.isin(np.arange(20), marked)
     x = d4rl_arrays(20, 29, 8) | {"rewards": goal, "terminals": goal, "timeouts": np.arange(20) % 10 == 9}
     s, a, r, next_s, terminated = qlearning_dataset(x)
-    columns = load(x | {"terminals": terminals}, "antmaze-umaze-v2")
+    columns = load(x | {"terminals": np.isin(np.arange(20), marked)}, "antmaze-umaze-v2")
     assert_loaded(columns, [s, a, r - 1, next_s, terminated])
     assert capsys.readouterr().out == "x.hdf5: 18 transitions, 3 terminal, mean reward -0.833\n"
     assert "AntMaze" in refusal(load, x | {"rewards": goal + 0.5}, "antmaze-umaze-v2")

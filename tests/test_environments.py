@@ -85,8 +85,7 @@ def test_mass_matrix_is_the_legacy_one(env_id, stock_id, density, total_mass, di
 def test_only_d4rl_names_get_legacy_inertia_and_nothing_else_differs(stock_id):
     """With the same inertia the same episode to the bit, of 1000 steps at most."""
     env, stock = make(f"{stock_id[:-3].lower()}-medium-v2"), gym.make(stock_id)
-    own = make(stock_id, "own.hdf5")
-    model = stock.unwrapped.model
+    own, model = make(stock_id, "own.hdf5"), stock.unwrapped.model
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
         np.testing.assert_array_equal(getattr(own.unwrapped.model, field), getattr(model, field), field)
         getattr(model, field)[:] = getattr(env.unwrapped.model, field)

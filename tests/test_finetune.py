@@ -78,8 +78,7 @@ def test_the_offline_part_has_dmg_offlines_bits_and_its_checkpoint_continues_as_
 class Line(gym.Env):
     """Observes the number of the episode, from its seed, and the number of steps taken."""
 
-    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
-    action_space = gym.spaces.Box(-1, 1, (1,))
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Box(-1, 1, (1,))
 
     def __init__(self, reward=lambda k: 2.5 * k, end=99, flag=bool):
         self.reward, self.end, self.flag, self.seeds = reward, end, flag, []

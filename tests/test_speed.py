@@ -28,8 +28,7 @@ def learner(script, device="cpu", **flags):
 
 def given(script, k, device="cpu"):
     """What learn is given in step k: other numbers in each; in every second step the actor has an update."""
-    g = torch.Generator().manual_seed(k)
-    widths = (STATE,), (ACTION,), (), (STATE,), (ACTION,)
+    g, widths = torch.Generator().manual_seed(k), ((STATE,), (ACTION,), (), (STATE,), (ACTION,))
     s, a, r, next_s, noise = (torch.randn(BATCH, *width, generator=g) for width in widths)
     batch = [x.to(device) for x in (s, a.tanh(), r, next_s, (r > 1).float())]
     return (batch,) if script is iql else (batch, noise.to(device), k % 2 == 1)

@@ -18,8 +18,7 @@ def random_mdps(seed=0, most=3, exact=False):
     x = (rng.uniform(-1, 1, (MDPS, STATES, 3, 2)) @ [1, 1j])[:, :, OWNER]  # actions in the plane
     x[:, :, 3:] += radius * np.exp(2j * np.pi * rng.random((MDPS, STATES, 6)))
     mild = rng.integers(1, most + 1, (MDPS, STATES, 1)) > OWNER  # false: the column is unused
-    data = mild & (np.arange(9) < 3)
-    distance = abs(x[:, :, :, None] - x[:, :, None])
+    data, distance = mild & (np.arange(9) < 3), abs(x[:, :, :, None] - x[:, :, None])
     to_data = np.where(data[:, :, None], distance, np.inf)
     eps = np.where(mild, to_data.min(-1), 0).max((1, 2))  # the smallest
     p, r = rng.dirichlet(np.full(STATES, 0.3), (MDPS, STATES, 9)), rng.random((MDPS, STATES, 9))
