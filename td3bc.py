@@ -137,8 +137,7 @@ def minimize(loss, optimizer):
     """One step on the optimizer's parameters alone: other networks in the loss get no gradient."""
     parameters = optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss, parameters)  # not backward(), which would split a compiled update
-    # in place: compiled updates and CUDA graphs need it
-    torch._foreach_copy_([parameter.grad for parameter in parameters], gradients)
+    torch._foreach_copy_([parameter.grad for parameter in parameters], gradients)  # in place for a graph
     optimizer.step()
 
 
@@ -256,7 +255,7 @@ def read_hdf5(path):
         stored = "next_observations" in file
         next_s = file.get("next_observations", np.roll(s, -1, 0))[:]  # else the next row's observation
     r, terminals, timeouts = r.reshape(-1), terminals.reshape(-1), timeouts.reshape(-1)  # some are (N, 1)
-    kept = timeouts == 0  # as d4rl: its next row is of another episode there
+    kept = timeouts == 0  # as in d4rl; the next row is of another episode
     if not stored:
         kept[-1:] = False
         if not timeouts.any() and not terminals.all():
@@ -273,18 +272,19 @@ def open_minari(env_id):
     """A Minari dataset, downloaded once. Raises ValueError if its environment cannot be made."""
     dataset = minari.load_dataset(env_id, download=True)
     spec = dataset._eval_env_spec or dataset.env_spec  # the first has no public name
-    if spec and spec.id not in gym.registry:
+    if spec is None or len(dataset) == 0:
+        raise ValueError(f"{env_id} has no environment to evaluate in, or no episodes")
+    if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
-    if spec is None or spec.id not in gym.registry or len(dataset) == 0:
-        raise ValueError(f"{env_id} has no registered environment to evaluate in, or no episodes")
     spec.kwargs.pop("render_mode", None)
-    # the dataset names code: only registered environments and Gymnasium's wrappers without a memory may run
-    spec.entry_point = gym.registry[spec.id].entry_point
     wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
     spec.additional_wrappers = tuple(wrappers)
-    for wrapper in wrappers:
-        if not re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", wrapper.entry_point):
-            raise ValueError(f"{env_id} was recorded with {wrapper.entry_point}, which cannot be made again")
+    # the dataset names code: only registered environments and Gymnasium's wrappers without a memory may run
+    allowed = [environment.entry_point for environment in gym.registry.values()]
+    for part in (spec, *wrappers):
+        stateless = re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", part.entry_point)
+        if part.entry_point not in allowed and not stateless:
+            raise ValueError(f"{env_id} was recorded with {part.entry_point}, which cannot be made again")
     return dataset
 
 

@@ -149,9 +149,7 @@ def test_a_set_with_other_observations_than_its_environment_says_which(store, ki
 def test_a_set_without_an_environment_or_an_episode_says_so(store):
     env = gym.make("Pendulum-v1")
     spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
-    assert "my/x-v0 has no registered environment" in refusal(
-        main, store(env, env_id="my/x-v0", kept=False, **spaces)
-    )
+    assert "my/x-v0 has no environment" in refusal(main, store(env, env_id="my/x-v0", kept=False, **spaces))
     assert "no episodes" in refusal(main, store(env, count=0, **spaces))
 
 
@@ -174,12 +172,11 @@ def test_recorders_are_dropped_and_other_wrappers_of_gymnasium_kept(store):
     lambda metadata, spec: metadata.update(eval_env_spec=json.dumps(spec | HARM)),
     lambda _, spec: spec.update(additional_wrappers=[HARM | {"name": "Env", "kwargs": {}}]),
 ], ids=["entry point", "id", "evaluation", "wrapper"])  # fmt: skip
-def test_a_set_cannot_choose_what_code_is_imported(request, store, monkeypatch, edit):
+def test_a_set_cannot_choose_what_code_is_imported(store, monkeypatch, edit):
     args = store(gym.make("Pendulum-v1"), edit=edit)
     monkeypatch.syspath_prepend(".")
     Path("harm.py").write_text("open('harmed', 'w')\nclass Env: pass\n")
-    refused = request.node.callspec.id in ("id", "wrapper")  # else it is the registered one of that id
-    assert args.env_id in refusal(main, args) if refused else "PendulumEnv" in str(make_env(args))
+    assert args.env_id in refusal(main, args)
     assert not Path("harmed").exists() and "harm" not in sys.modules
 
 
