@@ -80,15 +80,15 @@ class Args:  # None stands for a default that depends on the dataset: see __post
         """Set what is None by the dataset (App. C.1, Table 5). Raises ValueError for what cannot work."""
         names = f"{self.env_id} {Path(self.dataset_path or '').name}".lower()
         expert = "expert" in re.findall("[a-z]+", names)
-        temperatures = {"iql": None, "xql": 5.0, "sql": 5.0 if expert else 2.0}
-        defaults = {"in_sample_temperature": temperatures[self.in_sample], "normalize_states": True}
-        defaults |= {"nu": 10.0 if expert else 0.1, "expectile": 0.7}
+        defaults = {"nu": 10.0 if expert else 0.1, "expectile": 0.7}
         defaults |= {"inverse_temperature": 3.0, "max_weight": 3.0}
+        defaults |= {"normalize_states": True, "eval_frequency": 20_000, "eval_episodes": 10}
         if is_antmaze(self):
-            defaults |= {"normalize_states": False, "nu": 0.5, "expectile": 0.9}
-            defaults |= {"inverse_temperature": 10.0, "max_weight": 100.0}
-        from_one = "gradient_steps", "policy_frequency", "max_weight"
-        fill_and_check(self, defaults, from_one, unit_interval=("lam", "expectile"))
+            defaults = {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0, "max_weight": 100.0}
+            defaults |= {"normalize_states": False, "eval_frequency": 50_000, "eval_episodes": 100}
+        defaults["in_sample_temperature"] = 2.0 if self.in_sample == "sql" and not expert else 5.0
+        from_one = "policy_frequency", "max_weight", "batch_size", "eval_frequency", "eval_episodes"
+        fill_and_check(self, defaults, from_one, ("lam", "expectile", "gamma", "target_update_rate"))
 
 
 # ---- arguments: the same in all four scripts ----
@@ -100,14 +100,12 @@ def is_environment(env_id):
     return ":" in env_id or env_id in gym.registry  # gym.make imports the module of module:Env-v0
 
 
-def fill_and_check(args, defaults, from_one, unit_interval=(), needs_data=True):
+def fill_and_check(args, defaults, from_one, unit_interval, needs_data=True):
     """Set what is None. Raises ValueError for what cannot work: tyro shows it without a traceback."""
-    antmaze = is_antmaze(args)
-    defaults |= {"eval_frequency": 50_000 if antmaze else 20_000, "eval_episodes": 100 if antmaze else 10}
     for name, value in vars(args).items():
         value = defaults.get(name) if value is None else value
-        low = 1 if name in (*from_one, "batch_size", "eval_frequency", "eval_episodes") else 0
-        high = 1 if name in (*unit_interval, "gamma", "target_update_rate") else math.inf
+        low = 1 if name in from_one else 0
+        high = 1 if name in unit_interval else math.inf
         if isinstance(value, int | float) and not low <= value <= high:
             raise ValueError(f"{name} must be in [{low}, {high}], not {value}")
         setattr(args, name, value)
@@ -118,7 +116,7 @@ def fill_and_check(args, defaults, from_one, unit_interval=(), needs_data=True):
         if needs_data and not args.dataset_path:
             raise ValueError(f"{args.env_id} is an environment: give its data with --dataset-path")
     elif not ("/" in args.env_id or args.env_id in D4RL_FILES or args.env_id in minari.list_local_datasets()):
-        nearest = difflib.get_close_matches(args.env_id, [*D4RL_FILES, *gym.registry], n=1, cutoff=0)[0]
+        nearest = difflib.get_close_matches(args.env_id, [*D4RL_FILES, *gym.registry], 1, 0)[0]
         raise ValueError(f"no D4RL name, Minari id or environment is {args.env_id}: is it {nearest}?")
 
 
@@ -144,8 +142,7 @@ class TwinCritic(nn.Module):
 def adam(net, args):
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)  # filled by minimize
-    # a CUDA graph would freeze a number, and needs a capturable Adam
-    lr = torch.tensor(args.learning_rate, device=next(net.parameters()).device)
+    lr = torch.tensor(args.learning_rate)  # a CUDA graph would freeze a number, and needs a capturable Adam
     return torch.optim.Adam(net.parameters(), lr, fused=not args.compile, capturable=lr.is_cuda)
 
 
@@ -174,7 +171,7 @@ def in_sample_value_loss(target_q, v, args):
 class Agent(nn.Module):
     """The networks of Algorithm 1, their optimizers, and the mean and std that normalize states."""
 
-    def __init__(self, state_dim, action_dim, args, device="cpu"):
+    def __init__(self, state_dim, action_dim, args):
         super().__init__()
         self.actor = nn.Sequential(mlp(state_dim, action_dim), nn.Tanh())  # (B, state) -> (B, action)
         self.critic = TwinCritic(state_dim, action_dim)
@@ -183,7 +180,6 @@ class Agent(nn.Module):
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(state_dim))
         self.register_buffer("std", torch.ones(state_dim))
-        self.to(device)
         self.actor_optimizer = adam(self.actor, args)
         self.critic_optimizer = adam(self.critic, args)
         self.value_optimizer = adam(self.value, args)
@@ -241,7 +237,7 @@ def update(agent, batch, noise, args, update_actor):
         # target networks
         with torch.no_grad():
             for net, target in ((agent.critic, agent.critic_target), (agent.actor, agent.actor_target)):
-                for parameter, target_parameter in zip(net.parameters(), target.parameters(), strict=True):
+                for parameter, target_parameter in zip(net.parameters(), target.parameters()):
                     target_parameter.lerp_(parameter, args.target_update_rate)
         metrics |= {"actor_loss": actor_loss, "advantage_weight": weight.mean()}
     return {name: value.detach() for name, value in metrics.items()}
@@ -301,11 +297,11 @@ def download_d4rl(name):
 def read_hdf5(path):
     """s, a, r, next_s, terminated of a file in D4RL's schema; as d4rl has them without rows at a timeout."""
     with h5py.File(path) as file:
-        s, a, r, terminals = (file[name][:] for name in ("observations", "actions", "rewards", "terminals"))
-        timeouts = file.get("timeouts", np.zeros(len(s)))[:]
+        s, a = file["observations"][:], file["actions"][:]
+        r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
+        timeouts = np.ravel(file.get("timeouts", np.zeros(len(s))))
         stored = "next_observations" in file
         next_s = file.get("next_observations", np.roll(s, -1, 0))[:]  # else the next row's observation
-    r, terminals, timeouts = r.reshape(-1), terminals.reshape(-1), timeouts.reshape(-1)  # some are (N, 1)
     kept = timeouts == 0  # as in d4rl; the next row is of another episode
     if not stored:
         kept[-1:] = False
@@ -342,16 +338,15 @@ def open_minari(env_id):
 def read_minari(env_id, space):
     """s, a, r, next_s, terminated of a Minari dataset, its observations, of `space`, as vectors."""
     dataset = open_minari(env_id)
-    if gym.spaces.flatdim(dataset.observation_space) != gym.spaces.flatdim(space):
-        raise ValueError(
-            f"{env_id} has observations of {dataset.observation_space}, its environment of {space}"
-        )
+    recorded = dataset.observation_space
+    if gym.spaces.flatdim(recorded) != gym.spaces.flatdim(space):
+        raise ValueError(f"{env_id} has observations of {recorded}, its environment of {space}")
     episodes = []
     for episode in dataset:
         observations = gym.vector.utils.iterate(space, episode.observations)
         s = np.stack([gym.spaces.flatten(space, x) for x in observations])
         episodes.append((s[:-1], episode.actions, episode.rewards, s[1:], episode.terminations))
-    return [np.concatenate(column) for column in zip(*episodes, strict=True)]
+    return [np.concatenate(column) for column in zip(*episodes)]
 
 
 def load_dataset(args):
@@ -367,8 +362,9 @@ def load_dataset(args):
 
     # what would train, but on garbage, is refused; reshape refuses columns of other lengths or widths
     rows = len(columns[0])
-    shapes = (gym.spaces.flatdim(space),), box.shape, (), (gym.spaces.flatdim(space),), ()
-    columns = [x.astype(np.float32).reshape(rows, *shape) for x, shape in zip(columns, shapes, strict=True)]
+    state_shape = (gym.spaces.flatdim(space),)
+    shapes = state_shape, box.shape, (), state_shape, ()
+    columns = [x.astype(np.float32).reshape(rows, *shape) for x, shape in zip(columns, shapes)]
     s, a, r, next_s, terminated = columns
     if is_antmaze(args):
         terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
@@ -478,12 +474,13 @@ def evaluate(act, envs, seed):
 
 def normalized_score(args, mean_return):
     """100 (R - random) / (expert - random), AntMaze: percent of successes; NaN without references."""
-    random = expert = math.nan
     if is_antmaze(args):
-        random, expert = 0.0, 1.0
-    elif args.env_id in D4RL_FILES:
+        return 100 * mean_return
+    if args.env_id in D4RL_FILES:
         _, random, expert = D4RL_ROBOTS[args.env_id.split("-")[0]]
-    elif not is_environment(args.env_id):
+    elif is_environment(args.env_id):
+        return math.nan
+    else:
         metadata = open_minari(args.env_id).storage.metadata
         random, expert = metadata.get("ref_min_score", math.nan), metadata.get("ref_max_score", math.nan)
     return 100 * (mean_return - random) / (expert - random)
@@ -520,7 +517,7 @@ def accelerate(agent, args):
         if calls < 10:  # the first ones warm up the libraries
             return learn(batch, noise, update_actor)
         if update_actor not in graphs:
-            inputs = [x.clone() for x in (*batch, noise)]
+            inputs = copy.deepcopy([*batch, noise])
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 metrics = learn(inputs[:-1], inputs[-1], update_actor)  # recorded, not run
@@ -550,7 +547,8 @@ def main(args):
     rows, action_dim = a.shape
     # a mean Q beyond ten times any return has diverged; 1000 leaves room for small rewards, 1.001 for gamma 1
     q_limit = 1000 + 10 * r.abs().max().item() / (1.001 - args.gamma)
-    agent = Agent(s.shape[1], action_dim, args, device)
+    with torch.device(device):
+        agent = Agent(s.shape[1], action_dim, args)
     if args.normalize_states:
         std, mean = torch.std_mean(s.double(), 0, correction=0)
         agent.mean.copy_(mean)
@@ -562,7 +560,7 @@ def main(args):
         if first_step > args.gradient_steps + 1:
             raise ValueError(f"{args.resume} has done {checkpoint['step']} steps, more than gradient_steps")
         agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
-        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
+        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
         if checkpoint["device"] == device:  # the generators of CPU and GPU differ
             device_module.set_rng_state(checkpoint["random"])
@@ -571,17 +569,16 @@ def main(args):
     learn = accelerate(agent, args)  # update; a number of args that is to change would be frozen in it
     env_name = re.sub("[/:]", "-", args.env_id)
     folder = Path(args.resume or f"runs/{env_name}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
-    folder.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     record = json.dumps(vars(args) | {"resume": None, "versions": versions, "script": script}, indent=2)
-    (folder / "args.json").write_text(record)
     print(record)
     if args.track:
         import wandb
 
         wandb.init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed run logged from there on
+    (folder / "args.json").write_text(record)
     eval_csv = open(f"{folder}/eval.csv", "a", buffering=1)  # written line by line
     if first_step == 0:
         print("step,return_mean,return_std,normalized_score,length_mean", file=eval_csv)

@@ -48,7 +48,8 @@ def torch_learner(name, data, device):
     else:
         args = tyro.cli(script.Args, args=flags)
         torch.use_deterministic_algorithms(True)
-        agent = script.Agent(STATE, ACTION, args, device)
+        with torch.device(device):
+            agent = script.Agent(STATE, ACTION, args)
         for number in ("lam", "nu", "gamma") if file == "dmg_finetune" else ():  # they change online
             setattr(args, number, torch.tensor(getattr(args, number), device=device))
         learn = script.accelerate(agent, args)

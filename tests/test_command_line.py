@@ -78,7 +78,7 @@ def test_defaults_by_dataset_are_those_of_the_paper(env_id, path, nu, expected, 
 @pytest.mark.parametrize("name, value", [
     ("lam", 1.5), ("lam", nan), ("nu", -1.0), ("expectile", 1.1), ("gamma", 1.1), ("batch_size", 0),
     ("eval_episodes", 0), ("target_update_rate", 1.1), ("max_weight", 0.0), ("noise_clip", nan), ("seed", -1),
-    ("gradient_steps", 0), ("policy_frequency", 0), ("learning_rate", -1e-3), ("lam_end", 2.0),
+    ("gradient_steps", -1), ("policy_frequency", 0), ("learning_rate", -1e-3), ("lam_end", 2.0),
 ])  # fmt: skip
 @SCRIPTS
 def test_numbers_outside_their_range_are_refused_by_name(script, name, value):

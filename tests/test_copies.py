@@ -116,7 +116,7 @@ def test_lam_that_changes_as_a_number_and_as_a_tensor_filled_in_place(changed):
 
 def test_five_arrays_in_place_of_a_dataset(changed):
     (call,) = re.findall(r"= (read_minari\(.+\))\n", (ROOT / "dmg_offline.py").read_text())
-    edits = IMPORT, (call, "walk.arrays"), ('"expectile"))', '"expectile"), needs_data=False)')
+    edits = IMPORT, (call, "walk.arrays"), ('update_rate"))', 'update_rate"), needs_data=False)')
     module, settings = changed(*edits), OFFLINE | {"dataset_path": None, "env_id": "Walk-v0"}
     run(module, **settings)
     columns, walk = module.load_dataset(module.Args(**settings)), sys.modules["walk"]

@@ -53,7 +53,7 @@ offline_folder = functools.cache(lambda: str(run(dmg_offline, gradient_steps=51,
 def test_the_offline_part_has_dmg_offlines_bits_and_its_checkpoint_continues_as_if_trained_here():
     saved, rows = load_checkpoint(offline_folder()), eval_rows(offline_folder())
     own = load_checkpoint(folder := run(offline_steps=51, online_steps=0, **FEW))
-    assert own.pop("online")["ends"] == [] and same(own, saved)
+    assert own.pop("online")["episodes"] == 0 and same(own, saved)
     assert eval_rows(folder) == rows and [*rows] == [0, 20, 40, 51]
     whole = run(offline_steps=51, online_steps=50, **FEW)
     copy = shutil.copytree(offline_folder(), "copy")
@@ -112,11 +112,11 @@ def test_new_rows_stand_behind_the_dataset_in_order_with_normalized_states():
     assert s == [[0, 0], [0, 0.5], [0.5, 0], [0.5, 0.5], [1, 0]]
     assert next_s == [[0, 0.5], [0, 1], [0.5, 0.5], [0.5, 1], [1, 0.5]]
     assert (r, a, terminated) == ([2.5, 5, 2.5, 5, 2.5], 5 * [[0.5]], [0, 1, 0, 1, 0])
-    assert (replay.ends, replay.returns[-1]) == ([2, 4], 7.5)
+    assert (replay.episodes, replay.returns[-1]) == (2, 7.5)
     assert env.seeds == [30_000_000, 30_000_001, 30_000_002]  # far from evaluation's
     saved, (restored, _) = replay_of(Line(end=2), steps=4)[0].state(), replay_of(Line(end=2))
     restored.restore(saved)
-    assert (restored.size, restored.ends) == (4, [2, 4])  # saved between two episodes: no empty one
+    assert (restored.size, restored.episodes) == (4, 3)
 
 
 @pytest.mark.parametrize("success", [True, False])
@@ -126,7 +126,7 @@ def test_antmaze_success_on_the_last_allowed_step_is_terminal_and_a_timeout_is_n
     assert r == [-1, -1, -1, -float(not success), -1, -1]
     assert terminated == [0, 0, 0, float(success), 0, 0]
     assert [k for _, k in next_s] == [1, 2, 3, 4, 1, 2]  # 4 is the true last one, not the reset's
-    assert (replay.ends, replay.returns[-1]) == ([4], float(success))  # the return is the environment's
+    assert (replay.episodes, replay.returns[-1]) == (1, float(success))  # the return is the environment's
 
 
 def test_dataset_and_online_rows_are_drawn_alike():
@@ -170,7 +170,7 @@ def test_from_scratch_an_own_environment_in_a_module_may_use_numpys_types(reward
     s, a, r, _, terminated = saved["online"]["rows"]
     assert a[:5].abs().max() < 1 == a[5:].abs().max()  # the noise is clipped
     assert r.tolist() == expected and terminated.tolist() == [float(k % 4 == 3) for k in range(10)]
-    assert s[:, 1].tolist() == [k % 4 for k in range(10)] and saved["online"]["ends"] == [4, 8]  # raw
+    assert s[:, 1].tolist() == [k % 4 for k in range(10)] and saved["online"]["episodes"] == 2  # raw
     assert [state[0]["step"] for state in saved["optimizers"]] == [3, 5, 5] and "own_env-Own" in folder.name
     mean_return, _, _, length = map(float, eval_rows(folder)[10])
     assert (mean_return, length, *eval_rows(folder)) == (sum(expected[:4]), 4, 0, 10)

@@ -23,7 +23,8 @@ def learner(script, device="cpu", **flags):
     """A new agent, always with the same networks, and its args."""
     args = script.Args(env_id="hopper-medium-v2", **flags)
     torch.manual_seed(0)
-    return script.Agent(STATE, ACTION, args, device), args
+    with torch.device(device):
+        return script.Agent(STATE, ACTION, args), args
 
 
 def given(script, k, device="cpu"):
