@@ -42,10 +42,10 @@ from tqdm import tqdm
 
 
 @dataclasses.dataclass
-class Args:  # None stands for a default that depends on the dataset: see __post_init__
+class Args:  # a number or switch that is None gets its default by the dataset: see __post_init__
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
-    dataset_path: str | None = None  # your HDF5 file in D4RL's schema; with a D4RL name instead of its file
+    dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
     normalize_states: bool | None = None  # subtract the dataset's mean, divide by its standard deviation
     # ---- IQL ----
     gradient_steps: int = 1_000_000  # iterations of the update on the dataset
@@ -66,7 +66,7 @@ class Args:  # None stands for a default that depends on the dataset: see __post
     seed: int = 0  # of networks, batches, noise and evaluation episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
     cuda: bool = True  # train on the GPU if there is one
-    cudagraphs: bool = True  # on a GPU, launch the update as one CUDA graph; freezes args' numbers
+    cudagraphs: bool = True  # on a GPU, replay the update as CUDA graphs; freezes args' numbers: see update
     compile: bool = False  # torch.compile the update; freezes args' numbers; needs torch 2.13, on a CPU g++
     torch_deterministic: bool = True  # deterministic kernels: one seed, the same bits on the same machine
     capture_video: bool = False  # film the first episode of each evaluation (needs moviepy)
@@ -82,12 +82,12 @@ class Args:  # None stands for a default that depends on the dataset: see __post
             defaults = {"expectile": 0.9, "inverse_temperature": 10.0}
             defaults |= {"eval_frequency": 50_000, "eval_episodes": 100}
         defaults |= {"normalize_states": False, "in_sample_temperature": temperatures[self.in_sample]}
-        from_one = "max_weight", "batch_size", "eval_frequency", "eval_episodes"
-        fill_and_check(self, defaults, from_one, unit_interval=("expectile", "gamma", "target_update_rate"))
+        at_least_one = "max_weight", "batch_size", "eval_frequency", "eval_episodes"
+        fill_and_check(self, defaults, at_least_one, ("expectile", "gamma", "target_update_rate"))
 
 
 # ---- arguments: the same in all four scripts ----
-def is_antmaze(args):
+def is_antmaze(args):  # antmaze-umaze-v2, D4RL/antmaze/umaze-v1, AntMaze_UMaze-v5
     return "antmaze" in re.findall("[a-z]+", args.env_id.lower())
 
 
@@ -95,11 +95,11 @@ def is_environment(env_id):
     return ":" in env_id or env_id in gym.registry  # gym.make imports the module of module:Env-v0
 
 
-def fill_and_check(args, defaults, from_one, unit_interval, needs_data=True):
+def fill_and_check(args, defaults, at_least_one, unit_interval, needs_data=True):
     """Set what is None. Raises ValueError for what cannot work: tyro shows it without a traceback."""
     for name, value in vars(args).items():
         value = defaults.get(name) if value is None else value
-        low = 1 if name in from_one else 0
+        low = 1 if name in at_least_one else 0
         high = 1 if name in unit_interval else math.inf
         if isinstance(value, int | float) and not low <= value <= high:
             raise ValueError(f"{name} must be in [{low}, {high}], not {value}")
@@ -134,10 +134,10 @@ class TwinCritic(nn.Module):
         return torch.stack([self.q1(sa), self.q2(sa)]).squeeze(-1)
 
 
-def adam(net, args):
+def adam(net, args):  # to be used with minimize alone: a plain backward() would add to what is in .grad
     for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # filled by minimize
-    lr = torch.tensor(args.learning_rate)  # a CUDA graph would freeze a number, and needs a capturable Adam
+        parameter.grad = torch.zeros_like(parameter)  # its place: a CUDA graph knows no other
+    lr = torch.tensor(args.learning_rate)  # a CUDA graph would freeze a number; on a GPU if the net is
     return torch.optim.Adam(net.parameters(), lr, fused=not args.compile, capturable=lr.is_cuda)
 
 
@@ -200,7 +200,7 @@ class Agent(nn.Module):
         self.optimizers = self.actor_optimizer, self.critic_optimizer, self.value_optimizer
 
     def normalize(self, observations):
-        """Observations of the environment as the networks see them, both (n, state_dim)."""
+        """Observations of the environment as the networks see them, both (n, state_dim), of mean's device."""
         return (torch.as_tensor(observations).to(self.mean) - self.mean) / self.std
 
     @torch.no_grad()
@@ -218,7 +218,7 @@ class Agent(nn.Module):
 def update(agent, batch, args):
     """One iteration of IQL. Returns detached scalars.
 
-    CUDA graphs and --compile freeze the numbers of `args`: one that is to change must be a tensor.
+    CUDA graphs and --compile freeze args' numbers: make one that changes a tensor, and fill_ it in place.
     """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
@@ -315,7 +315,7 @@ def download_d4rl(name):
     path = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser() / Path(file).name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:  # all of it or nothing
+        try:  # into a temporary file, renamed when it is whole
             torch.hub.download_url_to_file(D4RL_URL + file, path, D4RL_FILES[name])
         except OSError as error:
             raise ValueError(f"cannot download {D4RL_URL + file} ({error}): put it at {path}") from None
@@ -323,21 +323,21 @@ def download_d4rl(name):
 
 
 def read_hdf5(path):
-    """s, a, r, next_s, terminated of a file in D4RL's schema; as d4rl has them without rows at a timeout."""
+    """s, a, r, next_s, terminated of a file in D4RL's schema, as of d4rl.qlearning_dataset."""
     with h5py.File(path) as file:
         s, a = file["observations"][:], file["actions"][:]
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
         timeouts = np.ravel(file.get("timeouts", np.zeros(len(s))))
         stored = "next_observations" in file
         next_s = file.get("next_observations", np.roll(s, -1, 0))[:]  # else the next row's observation
-    kept = timeouts == 0  # as in d4rl; the next row is of another episode
+    kept = timeouts == 0  # the next row is of another episode
     if not stored:
         kept[-1:] = False
         if not timeouts.any() and not terminals.all():
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
-    lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: a success
+    lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: AntMaze's success
     if lost:
-        advice = "a terminal row that is no timeout, and not the last, is kept"
+        advice = "to keep them, set their timeouts to 0 (the last row of all goes too)"
         print(f"Warning: {path}: as in d4rl, {lost} rows with a terminal or reward 1 are dropped: {advice}")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
@@ -354,11 +354,11 @@ def open_minari(env_id):
     spec.kwargs.pop("render_mode", None)
     wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
     spec.additional_wrappers = tuple(wrappers)
-    # the dataset names code: only registered environments and Gymnasium's wrappers without a memory may run
+    # the dataset names code: nothing may run but registered environments and wrappers that can be made again
     allowed = [environment.entry_point for environment in gym.registry.values()]
     for part in (spec, *wrappers):
-        stateless = re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", part.entry_point)
-        if part.entry_point not in allowed and not stateless:
+        harmless = re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", part.entry_point)
+        if part.entry_point not in allowed and not harmless:
             raise ValueError(f"{env_id} was recorded with {part.entry_point}, which cannot be made again")
     return dataset
 
@@ -371,7 +371,7 @@ def read_minari(env_id, space):
         raise ValueError(f"{env_id} has observations of {recorded}, its environment of {space}")
     episodes = []
     for episode in dataset:
-        observations = gym.vector.utils.iterate(space, episode.observations)
+        observations = gym.vector.utils.iterate(space, episode.observations)  # of a Dict, dicts of one row
         s = np.stack([gym.spaces.flatten(space, x) for x in observations])
         episodes.append((s[:-1], episode.actions, episode.rewards, s[1:], episode.terminations))
     return [np.concatenate(column) for column in zip(*episodes)]
@@ -382,13 +382,13 @@ def load_dataset(args):
     env = make_raw_env(args)
     space, box = env.observation_space, env.action_space
     name = args.dataset_path or args.env_id
-    # five arrays of your own can stand here: s, a, r, next_s, terminated
+    # five arrays of your own can stand here: columns = s, a, r, next_s, terminated, one row a transition
     if args.dataset_path or name in D4RL_FILES:
         columns = read_hdf5(args.dataset_path or download_d4rl(name))
     else:
         columns = read_minari(name, space)
 
-    # what would train, but on garbage, is refused; reshape refuses columns of other lengths or widths
+    # data that would train silently wrong are refused; reshape refuses columns of other lengths or widths
     rows = len(columns[0])
     state_shape = (gym.spaces.flatdim(space),)
     shapes = state_shape, box.shape, (), state_shape, ()
@@ -406,7 +406,7 @@ def load_dataset(args):
     if not np.isin(terminated, (0, 1)).all():
         raise ValueError(f"{name} has terminals, or rewards of AntMaze, other than 0 and 1")
     print(f"{name}: {rows:,} transitions, {terminated.sum():,.0f} terminal, mean reward {r.mean():.3f}")
-    return [torch.from_numpy(x) for x in (s, a, r, next_s, terminated)]
+    return [torch.from_numpy(x).float() for x in (s, a, r, next_s, terminated)]
 
 
 # ---- environments: the same in all four scripts ----
@@ -475,7 +475,7 @@ def make_raw_env(args, **options):
 
 
 def make_env(args, **options):
-    """The same with vector observations and actions in [-1, 1]."""
+    """The evaluation environment with observations as vectors and actions in [-1, 1]."""
     env = FlattenObservation(make_raw_env(args, **options))
     box = env.action_space
     if box.dtype.kind != "f" or not (box.low < box.high).all():
@@ -515,9 +515,10 @@ def normalized_score(args, mean_return):
 
 
 def read_args(folder):
-    """The arguments of the run in `folder`."""
-    saved = json.loads(Path(folder, "args.json").read_text())
-    return Args(**{name: saved[name] for name in vars(Args()) if name in saved})
+    """The arguments of the run in `folder`, not checked again: its dataset may be elsewhere by now."""
+    args = object.__new__(Args)
+    vars(args).update(json.loads(Path(folder, "args.json").read_text()))
+    return args
 
 
 # ---- speed ----
@@ -543,7 +544,7 @@ def accelerate(agent, args):
     def replay(batch):
         nonlocal calls, inputs, metrics
         calls += 1
-        if calls < 10:  # the first ones warm up the libraries
+        if calls < 10:  # the first ones load libraries and make Adam's state
             return learn(batch)
         if calls == 10:
             inputs = copy.deepcopy(batch)
@@ -611,10 +612,10 @@ def main(args):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # several stall on a busy CPU
     torch.manual_seed(args.seed)
-    device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
-    if device == "cuda":
+    device, device_module = "cpu", torch  # the second has the generator of batches and noise
+    if args.cuda and torch.cuda.is_available():
+        device, device_module = "cuda", torch.cuda
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default one
-    device_module = torch.cuda if device == "cuda" else torch  # has the generator of batches and noise
 
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     s, a, r, next_s, terminated = load_dataset(args)

@@ -87,7 +87,7 @@ def episodes(online, spaces, antmaze):
     space, box = spaces
     s, a, r, next_s, terminated = (x.numpy() for x in online["rows"])
     a = a * (box.high - box.low) / 2 + (box.high + box.low) / 2
-    ends = np.flatnonzero((next_s[:-1] != s[1:]).any(1) | (terminated[:-1] == 1)) + 1  # of all but the last
+    ends = np.flatnonzero((next_s[:-1] != s[1:]).any(1)) + 1  # of all but the last
     for start, end in itertools.pairwise([0, *ends, len(r)]):
         over = terminated[start:end] == 1
         last = np.arange(start, end) == end - 1

@@ -25,7 +25,7 @@ SHORT = {"gradient_steps": 2, "eval_frequency": 2, "eval_episodes": 1, "batch_si
 X, G = Box(-9, 9, (2,)), Box(-9, 9, (1,))
 SEEN = {"vector": X, "dict": Dict(pos=X, Text=G), "tuple": Tuple((X, G)), "bits": Dict(x=X, b=MultiBinary(2))}
 TAKEN = {"int": Box(0, 10, (1,), np.int64), "huge": Box(-1e38, 1e38, (1,)), "wide": Box(-1e6, 1e6, (1,))}
-TAKEN["locked"] = Box(0, 0, (1,))
+TAKEN |= {"locked": Box(0, 0, (1,)), "double": Box(-1, 1, (1,), np.float64)}
 
 
 class Point(gym.Env):
@@ -125,6 +125,11 @@ def test_dicts_and_tuples_train_and_are_flattened_as_gymnasium_does(store, kind)
     np.testing.assert_array_equal(load_dataset(args)[0], observations[:-1])
     np.testing.assert_array_equal(load_dataset(args)[3], observations[1:])
     assert np.isnan(normalized_score(args, 1.0))  # the set has no references
+
+
+def test_bounds_in_float64_train_as_others_do(own_file):
+    main(args := own_file("double"))
+    assert all(x.dtype == torch.float32 for x in load_dataset(args))
 
 
 @pytest.mark.parametrize("kind, word", [

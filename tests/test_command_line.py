@@ -11,6 +11,7 @@ from math import nan
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import load_checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -71,8 +72,9 @@ def test_defaults_by_dataset_are_those_of_the_paper(env_id, path, nu, expected, 
     assert vars(Args(env_id, path)).items() >= (expected | {"nu": nu}).items()
     xql, sql = (Args(env_id, path, in_sample=kind).in_sample_temperature for kind in ("xql", "sql"))
     assert (xql, sql) == (5, 5 if nu == 10 else 2)
-    own = Args(env_id, path, nu=7.0, normalize_states=False)
-    assert own.nu == 7 and own.normalize_states is False
+    assert vars(Args(env_id, path, nu=7, lam=1)).items() >= (expected | {"nu": 7, "lam": 1}).items()
+    scripts = map(importlib.import_module, ("td3bc", "iql", "dmg_finetune"))
+    assert {script.Args(env_id, path).eval_frequency for script in scripts} == {expected["eval_frequency"]}
 
 
 @pytest.mark.parametrize("name, value", [
@@ -147,9 +149,10 @@ def test_divergence_raises_is_recorded_and_keeps_the_last_good_checkpoint(script
 
 
 @SCRIPTS
-def test_a_run_from_before_an_argument_was_added_or_removed_is_readable(script, tmp_path):
+def test_a_run_is_readable_from_before_an_argument_was_added_or_its_dataset_moved(script, tmp_path):
     module = importlib.import_module(script)
     saved = dataclasses.asdict(module.Args(batch_size=7))
     del saved["seed"]
-    (tmp_path / "args.json").write_text(json.dumps(saved | {"gone": 1, "versions": {}}))
-    assert module.read_args(tmp_path) == module.Args(batch_size=7)
+    (tmp_path / "args.json").write_text(json.dumps(saved | {"gone": 1, "dataset_path": "gone.hdf5"}))
+    args = tyro.cli(module.Args, default=module.read_args(tmp_path), args=["--dataset-path", __file__])
+    assert args == module.Args(batch_size=7, dataset_path=__file__)

@@ -25,7 +25,6 @@ from test_cases import Point  # its reward is minus the size of the next observa
 
 def Walk(**options):
     return Point("vector", **options)
-
 gym.registry.pop("Walk-v0", None)
 gym.register("Walk-v0", Walk, max_episode_steps=5)
 x = np.random.default_rng(0).normal(size=(61, 2)).astype(np.float32)

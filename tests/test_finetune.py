@@ -68,11 +68,8 @@ def test_the_offline_part_has_dmg_offlines_bits_and_its_checkpoint_continues_as_
     assert (ended["step"], len(ended["online"]["rows"][0]), eval_rows(again)[101]) == (131, 30, row)
     assert all("_target" in name or same(x, ended["agent"][name]) for name, x in saved["agent"].items())
     shutil.rmtree(copy)  # the arguments are readable without it
-    args, names = (
-        dmg_finetune.read_args(folder),
-        ("seed", "nu", "eval_frequency", "exp_name", "offline_steps"),
-    )
-    assert [getattr(args, name) for name in names] == [3, 0.3, 20, "dmg_finetune", 51]
+    args = dmg_finetune.read_args(folder)
+    assert args.exp_name == "dmg_finetune" and (args.seed, args.nu, args.offline_steps) == (3, 0.3, 51)
 
 
 class Line(gym.Env):

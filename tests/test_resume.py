@@ -1,5 +1,6 @@
 """Seeds, checkpoints, kills and resumption: offline every bit comes back, online every transition does."""
 
+import dataclasses
 import functools
 import importlib
 import multiprocessing
@@ -163,7 +164,7 @@ def test_mean_and_std_belong_to_the_networks_whatever_data_come(name):
     runs = [(folder, spied(script, run, script, resume=folder, normalize_states=False, **other)[1])]
     if script is dmg_finetune:
         source = run(dmg_offline, **small(dmg_offline, steps=20))
-        args = vars(dmg_finetune.checkpoint_args(str(source))) | other | {"online_steps": 0}
+        args = dataclasses.asdict(dmg_finetune.checkpoint_args(str(source))) | other | {"online_steps": 0}
         runs.append(spied(script, run, script, **args))
     for folder, seen in runs:
         after = load_checkpoint(folder)["agent"]
@@ -177,7 +178,6 @@ def test_online_no_saved_transition_is_lost_and_a_new_episode_begins(script):
     """Also where the file is another one: all online rows are in one unit."""
     folder = run(script, **small(script, steps=10, online=35, normalize_states=True))
     saved, args = load_checkpoint(folder)["online"], script.read_args(folder)
-    assert len(saved["rows"][0]) == 35
     run(script, resume=folder, online_steps=65, dataset_path="other_units.hdf5")
     ended, number = load_checkpoint(folder)["online"], saved["episodes"] + 1
     assert len(ended["rows"][0]) == 65 and same([x[:35] for x in ended["rows"]], saved["rows"])
