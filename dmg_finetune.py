@@ -286,9 +286,9 @@ def explore(agent, observation, t, args):
     """Action of online step t in [-1, 1], (action_dim,): the actor's with noise, at first uniform."""
     action = torch.as_tensor(agent.act(observation[None])[0]).to(agent.mean)
     if t <= args.learning_starts:
-        action = 2 * torch.rand_like(action) - 1
+        action.uniform_(-1, 1)
     else:
-        action = action + args.exploration_noise * torch.randn_like(action)
+        action += args.exploration_noise * torch.randn_like(action)
     return action.clamp(-1, 1).cpu().numpy()
 
 
@@ -296,9 +296,9 @@ def checkpoint_args(folder):
     """The arguments of the DMG run in `folder`, whose agent has done all offline steps."""
     if not Path(folder, "checkpoint.pt").is_file():
         raise ValueError(f"{folder} is no run with a checkpoint")
-    steps = torch.load(f"{folder}/checkpoint.pt", map_location="cpu")["step"]
     args = read_args(folder)
-    vars(args).update(checkpoint=folder, offline_steps=steps, exp_name=Args.exp_name)
+    args.offline_steps = torch.load(f"{folder}/checkpoint.pt", map_location="cpu")["step"]
+    vars(args).update(checkpoint=folder, exp_name=Args.exp_name)
     return args
 
 
@@ -361,8 +361,7 @@ def read_hdf5(path):
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
     lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: AntMaze's success
     if lost:
-        advice = "to keep them, set their timeouts to 0 (the last row of all goes too)"
-        print(f"Warning: {path}: as in d4rl, {lost} rows with a terminal or reward 1 are dropped: {advice}")
+        print(f"Warning: {path}: {lost} terminal or rewarded rows dropped as in d4rl: clear their timeouts")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
 
@@ -371,13 +370,14 @@ def open_minari(env_id):
     """A Minari dataset, downloaded once. Raises ValueError if its environment cannot be made."""
     dataset = minari.load_dataset(env_id, download=True)
     spec = dataset._eval_env_spec or dataset.env_spec  # the first has no public name
-    if spec is None or len(dataset) == 0:
+    if spec is None or not len(dataset):
         raise ValueError(f"{env_id} has no environment to evaluate in, or no episodes")
     if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
     spec.kwargs.pop("render_mode", None)
-    wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
-    spec.additional_wrappers = tuple(wrappers)
+    spec.additional_wrappers = wrappers = tuple(  # no recorders
+        x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)
+    )
     # the dataset names code: nothing may run but registered environments and wrappers that can be made again
     allowed = [environment.entry_point for environment in gym.registry.values()]
     for part in (spec, *wrappers):
@@ -387,12 +387,13 @@ def open_minari(env_id):
     return dataset
 
 
-def read_minari(env_id, space):
-    """s, a, r, next_s, terminated of a Minari dataset, its observations, of `space`, as vectors."""
+def read_minari(env_id, env):
+    """s, a, r, next_s, terminated of a Minari dataset, its observations, of env's space, as vectors."""
     dataset = open_minari(env_id)
-    recorded = dataset.observation_space
-    if gym.spaces.flatdim(recorded) != gym.spaces.flatdim(space):
-        raise ValueError(f"{env_id} has observations of {recorded}, its environment of {space}")
+    space, recorded = env.observation_space, dataset.observation_space
+    if gym.spaces.flatdim(recorded) != gym.spaces.flatdim(space) or dataset.action_space != env.action_space:
+        spaces = f"{recorded}, {dataset.action_space}; its environment: {space}, {env.action_space}"
+        raise ValueError(f"{env_id} was recorded in other spaces: {spaces}")
     episodes = []
     for episode in dataset:
         observations = gym.vector.utils.iterate(space, episode.observations)  # of a Dict, dicts of one row
@@ -410,7 +411,7 @@ def load_dataset(args):
     if args.dataset_path or name in D4RL_FILES:
         columns = read_hdf5(args.dataset_path or download_d4rl(name))
     else:
-        columns = read_minari(name, space)
+        columns = read_minari(name, env)
 
     # data that would train silently wrong are refused; reshape refuses columns of other lengths or widths
     rows = len(columns[0])
@@ -422,7 +423,7 @@ def load_dataset(args):
         terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
         r = r - 1  # 0 at the goal, -1 elsewhere
     next_s[terminated == 1] = 0  # not used, often NaN
-    if rows == 0 or not all(np.isfinite(x).all() for x in columns):
+    if not rows or not all(np.isfinite(x).all() for x in columns):
         raise ValueError(f"{name} has no transitions, or numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
     if not 0.01 < np.abs(a).max() < 1.001:  # within bounds of 1e6, say, all actions would be 0
@@ -587,7 +588,7 @@ class Replay:
     """The dataset's rows and, behind them, every online transition in the order of time."""
 
     def __init__(self, dataset, env, agent, args):
-        self.env = gym.wrappers.RecordEpisodeStatistics(env)
+        self.env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="replay")
         self.returns = self.env.return_queue  # of whole online episodes
         self.agent = agent
         self.args = args
@@ -623,7 +624,7 @@ class Replay:
     def restore(self, state):
         """Keep every saved transition. The episode that was not finished ends where it was saved."""
         count = len(state["rows"][0])
-        self.size = self.first + count
+        self.size += count
         for column, x in zip(self.rows, state["rows"]):
             column[self.first : self.size] = x
         self.episodes = state["episodes"] + (count > 0)
@@ -671,7 +672,8 @@ def main(args):
             raise ValueError(f"{source} has other networks: of another algorithm or another robot") from None
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
-        if checkpoint["device"] == device:  # the generators of CPU and GPU differ
+        # the generators of CPU and GPU differ; another --seed has other batches and noise
+        if checkpoint["device"] == device and args.seed == read_args(source).seed:
             device_module.set_rng_state(checkpoint["random"])
     first_step = learned + 1 if args.resume else learned
     dataset = agent.normalize(s), a, r, agent.normalize(next_s), terminated
@@ -680,7 +682,7 @@ def main(args):
         replay.restore(checkpoint["online"])
     in_force = copy.copy(args)  # its lam, nu and gamma change online: tensors, which nothing freezes
     for name in ("lam", "nu", "gamma"):
-        setattr(in_force, name, torch.tensor(getattr(args, name), device=device))
+        setattr(in_force, name, torch.tensor(float(getattr(args, name)), device=device))
     learn = accelerate(agent, in_force)
     env_name = re.sub("[/:]", "-", args.env_id)
     folder = Path(args.resume or f"runs/{env_name}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
@@ -731,8 +733,9 @@ def main(args):
                 raise FloatingPointError(f"diverged at step {step}, last checkpoint in {folder}: {logs}")
             logs["charts/actor_learning_rate"] = lr
             logs |= {"dmg/lam": in_force.lam.item(), "dmg/nu": in_force.nu.item()}
-            logs |= {"charts/episodic_return": replay.returns[-1]} if replay.returns else {}
-            logs["charts/SPS"] = (step - first_step + 1) / (time.time() - start_time)
+            if replay.returns:
+                logs["charts/episodic_return"] = replay.returns[-1]
+            logs["charts/SPS"] = (step - first_step) / (time.time() - start_time)
 
         if evaluate_now:
             agent.eval()  # for a copy with dropout

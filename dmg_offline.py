@@ -6,7 +6,7 @@ https://arxiv.org/abs/2411.07934
     python dmg_offline.py --env-id walker2d-medium-v2 --lam 0.25
 
 Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, main. A block headed "the
-same in ..." is shared with the project's other scripts: what else there is, is DMG.
+same in ..." is shared with the project's other scripts; the rest is DMG.
 The update equals the authors' published code to 1e-13 (float64; tests/test_update.py computes it again).
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report the last evaluation of a run, its mean and standard deviation over seeds.
@@ -309,8 +309,7 @@ def read_hdf5(path):
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
     lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: AntMaze's success
     if lost:
-        advice = "to keep them, set their timeouts to 0 (the last row of all goes too)"
-        print(f"Warning: {path}: as in d4rl, {lost} rows with a terminal or reward 1 are dropped: {advice}")
+        print(f"Warning: {path}: {lost} terminal or rewarded rows dropped as in d4rl: clear their timeouts")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
 
@@ -319,13 +318,14 @@ def open_minari(env_id):
     """A Minari dataset, downloaded once. Raises ValueError if its environment cannot be made."""
     dataset = minari.load_dataset(env_id, download=True)
     spec = dataset._eval_env_spec or dataset.env_spec  # the first has no public name
-    if spec is None or len(dataset) == 0:
+    if spec is None or not len(dataset):
         raise ValueError(f"{env_id} has no environment to evaluate in, or no episodes")
     if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
     spec.kwargs.pop("render_mode", None)
-    wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
-    spec.additional_wrappers = tuple(wrappers)
+    spec.additional_wrappers = wrappers = tuple(  # no recorders
+        x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)
+    )
     # the dataset names code: nothing may run but registered environments and wrappers that can be made again
     allowed = [environment.entry_point for environment in gym.registry.values()]
     for part in (spec, *wrappers):
@@ -335,12 +335,13 @@ def open_minari(env_id):
     return dataset
 
 
-def read_minari(env_id, space):
-    """s, a, r, next_s, terminated of a Minari dataset, its observations, of `space`, as vectors."""
+def read_minari(env_id, env):
+    """s, a, r, next_s, terminated of a Minari dataset, its observations, of env's space, as vectors."""
     dataset = open_minari(env_id)
-    recorded = dataset.observation_space
-    if gym.spaces.flatdim(recorded) != gym.spaces.flatdim(space):
-        raise ValueError(f"{env_id} has observations of {recorded}, its environment of {space}")
+    space, recorded = env.observation_space, dataset.observation_space
+    if gym.spaces.flatdim(recorded) != gym.spaces.flatdim(space) or dataset.action_space != env.action_space:
+        spaces = f"{recorded}, {dataset.action_space}; its environment: {space}, {env.action_space}"
+        raise ValueError(f"{env_id} was recorded in other spaces: {spaces}")
     episodes = []
     for episode in dataset:
         observations = gym.vector.utils.iterate(space, episode.observations)  # of a Dict, dicts of one row
@@ -358,7 +359,7 @@ def load_dataset(args):
     if args.dataset_path or name in D4RL_FILES:
         columns = read_hdf5(args.dataset_path or download_d4rl(name))
     else:
-        columns = read_minari(name, space)
+        columns = read_minari(name, env)
 
     # data that would train silently wrong are refused; reshape refuses columns of other lengths or widths
     rows = len(columns[0])
@@ -370,7 +371,7 @@ def load_dataset(args):
         terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
         r = r - 1  # 0 at the goal, -1 elsewhere
     next_s[terminated == 1] = 0  # not used, often NaN
-    if rows == 0 or not all(np.isfinite(x).all() for x in columns):
+    if not rows or not all(np.isfinite(x).all() for x in columns):
         raise ValueError(f"{name} has no transitions, or numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
     if not 0.01 < np.abs(a).max() < 1.001:  # within bounds of 1e6, say, all actions would be 0
@@ -545,8 +546,7 @@ def main(args):
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     s, a, r, next_s, terminated = load_dataset(args)
     rows, action_dim = a.shape
-    # a mean Q beyond ten times any return has diverged; 1000 leaves room for small rewards, 1.001 for gamma 1
-    q_limit = 1000 + 10 * r.abs().max().item() / (1.001 - args.gamma)
+    q_limit = 1000 + 10 * r.abs().max().item() / (1.001 - args.gamma)  # ten times any return, and 1000
     with torch.device(device):
         agent = Agent(s.shape[1], action_dim, args)
     if args.normalize_states:
@@ -591,7 +591,7 @@ def main(args):
     start_time = time.time()
     for step in tqdm(range(first_step, args.gradient_steps + 1), unit="step"):
         logs = {}
-        if step > 0:  # step 0 only evaluates
+        if step:  # step 0 only evaluates
             lr = actor_learning_rate(step, args)
             agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
             index = torch.randint(rows, (args.batch_size,), device=device)
@@ -608,7 +608,7 @@ def main(args):
                 print(f"{step},nan,nan,nan,nan", file=eval_csv)
                 raise FloatingPointError(f"diverged at step {step}, last checkpoint in {folder}: {logs}")
             logs["charts/actor_learning_rate"] = lr
-            logs["charts/SPS"] = (step - first_step + 1) / (time.time() - start_time)
+            logs["charts/SPS"] = (step - first_step) / (time.time() - start_time)
 
         if evaluate_now:
             agent.eval()  # for a copy with dropout

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2110.06169
     python iql.py --env-id walker2d-medium-v2
 
 Arguments, networks, update, data, environments, evaluation, speed, replay, main. A block headed "the same in
-..." is shared with the project's other scripts: what else there is, is IQL.
+..." is shared with the project's other scripts; the rest is IQL.
 The update equals the authors' published code to 1e-13 (float64; tests/test_relatives.py computes it again).
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report the last evaluation of a run, its mean and standard deviation over seeds.
@@ -272,6 +272,8 @@ def reward_scale(s, r, next_s, terminated, args):
     ends = terminated == 1
     ends[:-1] |= (s[1:] - next_s[:-1]).norm(dim=1) > 1e-6
     ends[-1] = True
+    if (ends & (terminated == 0)).float().mean() > 0.5:
+        raise ValueError("IQL scales rewards by the returns of episodes: put the rows in the order of time")
     totals = r.double().cumsum(0)[ends]
     returns = totals.diff(prepend=totals.new_zeros(1))
     spread = (returns.max() - returns.min()).item()
@@ -337,8 +339,7 @@ def read_hdf5(path):
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
     lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: AntMaze's success
     if lost:
-        advice = "to keep them, set their timeouts to 0 (the last row of all goes too)"
-        print(f"Warning: {path}: as in d4rl, {lost} rows with a terminal or reward 1 are dropped: {advice}")
+        print(f"Warning: {path}: {lost} terminal or rewarded rows dropped as in d4rl: clear their timeouts")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
 
@@ -347,13 +348,14 @@ def open_minari(env_id):
     """A Minari dataset, downloaded once. Raises ValueError if its environment cannot be made."""
     dataset = minari.load_dataset(env_id, download=True)
     spec = dataset._eval_env_spec or dataset.env_spec  # the first has no public name
-    if spec is None or len(dataset) == 0:
+    if spec is None or not len(dataset):
         raise ValueError(f"{env_id} has no environment to evaluate in, or no episodes")
     if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
     spec.kwargs.pop("render_mode", None)
-    wrappers = [x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)]  # no recorders
-    spec.additional_wrappers = tuple(wrappers)
+    spec.additional_wrappers = wrappers = tuple(  # no recorders
+        x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)
+    )
     # the dataset names code: nothing may run but registered environments and wrappers that can be made again
     allowed = [environment.entry_point for environment in gym.registry.values()]
     for part in (spec, *wrappers):
@@ -363,12 +365,13 @@ def open_minari(env_id):
     return dataset
 
 
-def read_minari(env_id, space):
-    """s, a, r, next_s, terminated of a Minari dataset, its observations, of `space`, as vectors."""
+def read_minari(env_id, env):
+    """s, a, r, next_s, terminated of a Minari dataset, its observations, of env's space, as vectors."""
     dataset = open_minari(env_id)
-    recorded = dataset.observation_space
-    if gym.spaces.flatdim(recorded) != gym.spaces.flatdim(space):
-        raise ValueError(f"{env_id} has observations of {recorded}, its environment of {space}")
+    space, recorded = env.observation_space, dataset.observation_space
+    if gym.spaces.flatdim(recorded) != gym.spaces.flatdim(space) or dataset.action_space != env.action_space:
+        spaces = f"{recorded}, {dataset.action_space}; its environment: {space}, {env.action_space}"
+        raise ValueError(f"{env_id} was recorded in other spaces: {spaces}")
     episodes = []
     for episode in dataset:
         observations = gym.vector.utils.iterate(space, episode.observations)  # of a Dict, dicts of one row
@@ -386,7 +389,7 @@ def load_dataset(args):
     if args.dataset_path or name in D4RL_FILES:
         columns = read_hdf5(args.dataset_path or download_d4rl(name))
     else:
-        columns = read_minari(name, space)
+        columns = read_minari(name, env)
 
     # data that would train silently wrong are refused; reshape refuses columns of other lengths or widths
     rows = len(columns[0])
@@ -398,7 +401,7 @@ def load_dataset(args):
         terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
         r = r - 1  # 0 at the goal, -1 elsewhere
     next_s[terminated == 1] = 0  # not used, often NaN
-    if rows == 0 or not all(np.isfinite(x).all() for x in columns):
+    if not rows or not all(np.isfinite(x).all() for x in columns):
         raise ValueError(f"{name} has no transitions, or numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
     if not 0.01 < np.abs(a).max() < 1.001:  # within bounds of 1e6, say, all actions would be 0
@@ -562,7 +565,7 @@ class Replay:
     """The dataset's rows and, behind them, every online transition in the order of time."""
 
     def __init__(self, dataset, env, agent, args):
-        self.env = gym.wrappers.RecordEpisodeStatistics(env)
+        self.env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="replay")
         self.returns = self.env.return_queue  # of whole online episodes
         self.agent = agent
         self.args = args
@@ -598,7 +601,7 @@ class Replay:
     def restore(self, state):
         """Keep every saved transition. The episode that was not finished ends where it was saved."""
         count = len(state["rows"][0])
-        self.size = self.first + count
+        self.size += count
         for column, x in zip(self.rows, state["rows"]):
             column[self.first : self.size] = x
         self.episodes = state["episodes"] + (count > 0)
@@ -670,7 +673,7 @@ def main(args):
         logs = {}
         if step > args.gradient_steps:
             replay.step(agent.explore(replay.observation))
-        if step > 0:  # step 0 only evaluates
+        if step:  # step 0 only evaluates
             lr = actor_learning_rate(step, args)
             agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
             index = torch.randint(replay.size, (args.batch_size,), device=device)
@@ -688,8 +691,9 @@ def main(args):
                 print(f"{step},nan,nan,nan,nan", file=eval_csv)
                 raise FloatingPointError(f"diverged at step {step}, last checkpoint in {folder}: {logs}")
             logs["charts/actor_learning_rate"] = lr
-            logs |= {"charts/episodic_return": replay.returns[-1]} if replay.returns else {}
-            logs["charts/SPS"] = (step - first_step + 1) / (time.time() - start_time)
+            if replay.returns:
+                logs["charts/episodic_return"] = replay.returns[-1]
+            logs["charts/SPS"] = (step - first_step) / (time.time() - start_time)
 
         if evaluate_now:
             agent.eval()  # for a copy with dropout

@@ -149,6 +149,8 @@ def test_a_set_with_other_observations_than_its_environment_says_which(store, ki
     sentence, width = refusal(main, args), gym.spaces.flatdim(space)
     assert args.env_id in sentence and str(env.observation_space) in sentence
     assert re.search(rf"[\[(]{width}[,\]]", sentence) and not Path("runs").exists(), sentence
+    strong = store(gym.make("Pendulum-v1"), 2 * ACTIONS, "my/strong-v0", eval_env="Shifted-v0")
+    assert "Box(-2.0, 2.0, (1,), float32); " in refusal(load_dataset, strong)
 
 
 def test_a_set_without_an_environment_or_an_episode_says_so(store):

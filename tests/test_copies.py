@@ -79,8 +79,7 @@ def trained(module, **settings):
 
 
 def test_a_layernorm_and_dropout_and_a_metric_less(changed):
-    module = changed(LAYERS, ('"q_values": q.mean(), ', ""))
-    folder = run(module, **OFFLINE)
+    folder = run(module := changed(LAYERS, ('"q_values": q.mean(), ', "")), **OFFLINE)
     assert folder.name.startswith(f"walk-Walk-v0__{module.__name__}__0__")  # under the copy's own name
     saved = load_checkpoint(folder)["agent"]
     assert saved["critic.q1.1.weight"].shape == saved["critic.q2.1.weight"].shape == (256,)

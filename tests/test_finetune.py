@@ -36,14 +36,13 @@ def test_lam_and_nu_near_their_ends_as_in_the_official_code_and_antmaze_large_ha
 
 
 def test_each_update_is_given_the_numbers_of_its_time_and_update_1000_is_decayed():
-    settings = {"offline_steps": 41, "online_steps": 1001, "lam": 0.3, "nu": 0.7, "gamma_online": 0.9}
+    settings = {"offline_steps": 41, "online_steps": 1001, "lam": 0, "nu": 1, "gamma_online": 0.9}
     _, numbers, rates = zip(*spied_run(**DATA | settings, learn=False)[1], strict=True)
-    decayed = 0.5 - 0.2 * 0.99, 0.005 + 0.695 * 0.99, 0.9
-    np.testing.assert_allclose(numbers, 41 * [(0.3, 0.7, 0.99)] + 999 * [(0.3, 0.7, 0.9)] + 2 * [decayed])
+    decayed = 0.5 - 0.5 * 0.99, 0.005 + 0.995 * 0.99, 0.9  # of integers too
+    np.testing.assert_allclose(numbers, 41 * [(0, 1, 0.99)] + 999 * [(0, 1, 0.9)] + 2 * [decayed], rtol=1e-6)
     offline = dmg_offline.Args(gradient_steps=41)
     actors = [dmg_offline.actor_learning_rate(k, offline) for k in range(1, 42)] + 1001 * [3e-4]
     np.testing.assert_allclose(rates, [(x, 3e-4, 3e-4) for x in actors], rtol=1e-6)
-    assert dmg_finetune.actor_learning_rate(1, Args(offline_steps=1)) > 0
 
 
 FEW = DATA | {"eval_frequency": 20, "eval_episodes": 2, "seed": 3, "nu": 0.3, "lam": 0.15}
@@ -67,6 +66,8 @@ def test_the_offline_part_has_dmg_offlines_bits_and_its_checkpoint_continues_as_
     ended, row = load_checkpoint(again), eval_rows(folder)[101]
     assert (ended["step"], len(ended["online"]["rows"][0]), eval_rows(again)[101]) == (131, 30, row)
     assert all("_target" in name or same(x, ended["agent"][name]) for name, x in saved["agent"].items())
+    other = run(dmg_finetune, "--checkpoint", folder, "--online-steps", 30, "--seed", 4)
+    assert not torch.equal(load_checkpoint(other)["random"], ended["random"])
     shutil.rmtree(copy)  # the arguments are readable without it
     args = dmg_finetune.read_args(folder)
     assert args.exp_name == "dmg_finetune" and (args.seed, args.nu, args.offline_steps) == (3, 0.3, 51)
@@ -88,7 +89,7 @@ class Line(gym.Env):
     def step(self, action):
         self.k += 1
         observed = np.array([self.origin, self.k], np.float32)
-        return observed, self.reward(self.k), self.flag(self.k == self.end), self.flag(False), {}
+        return observed, self.reward(self.k), self.flag(self.k == self.end), self.flag(False), {"episode": 1}
 
 
 def replay_of(env, env_id="Hopper-v5", steps=0, rows=0, scale=1, seed=0):

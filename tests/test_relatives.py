@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import test_update as hand
 import torch
-from conftest import DATA, d4rl_arrays, drawn, load_checkpoint, run, same, spied, write_hdf5
+from conftest import DATA, d4rl_arrays, drawn, load_checkpoint, refusal, run, same, spied, write_hdf5
 
 import dmg_offline
 import iql
@@ -24,8 +24,7 @@ CASES = [("iql", HOPPER, 200), ("iql", ANTMAZE, 100), ("xql", HOPPER, 200), ("sq
 def test_iql_xql_and_sql_updates_are_the_published_ones(in_sample, env_id, scale):
     args = iql.Args(env_id=env_id, in_sample=in_sample)
     beta = 3 if env_id == HOPPER else 10
-    agent = hand.make_agent(iql, args, scale)
-    reference = copy.deepcopy(agent)
+    reference = copy.deepcopy(agent := hand.make_agent(iql, args, scale))
     for k in range(1, 4):
         (s, a, r, s2, terminated) = batch = hand.make_batch(k)[0]
         metrics, expected = iql.update(agent, batch, args), {}
@@ -110,6 +109,7 @@ def test_reward_scale_splits_trajectories_where_they_end():
     assert scale(s + 1 + jump, never) == pytest.approx(1000 / 18)  # 1 + 2 + 4, 8 + 17
     assert scale(s + 1, ended) == pytest.approx(1000 / 26)  # 1 + 2, 4 + 8 + 17: without a jump
     assert scale(s + 1, never) == 1  # one trajectory has no spread
+    assert "order of time" in refusal(scale, s + 2, never)  # shuffled rows
 
 
 def test_rewards_are_not_scaled_where_returns_differ_by_rounding_alone(capsys):

@@ -79,8 +79,7 @@ def test_killed_diverged_and_wrong_runs_and_a_second_start(tmp_path):
 def test_an_attempt_finds_the_bundled_set_and_refuses_a_changed_script(tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("MINARI_DATASETS_PATH", "datasets")  # the run works in another folder
-    sweep = reload(import_module("sweep"))
-    node = SimpleNamespace(get_node_id=lambda: "a node")
+    sweep, node = reload(import_module("sweep")), SimpleNamespace(get_node_id=lambda: "a node")
     monkeypatch.setattr(sweep.ray, "get_runtime_context", lambda: node)
     script = shutil.copy("dmg_offline.py", tmp_path)
     flags = {"seeds": (0, 1), "scripts": (script,), "folder": tmp_path, "values": ("gradient-steps=2", *TINY)}
