@@ -3,7 +3,7 @@
 Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022,
 https://arxiv.org/abs/2110.06169
 
-    python iql.py --env-id walker2d-medium-v2
+    python iql.py --env-id walker2d-medium-v2    (uv run iql.py installs what is listed at the end)
 
 Arguments, networks, update, data, environments, evaluation, speed, replay, main. A block headed "the same in
 ..." is shared with the project's other scripts; the rest is IQL.
@@ -325,14 +325,14 @@ def download_d4rl(name):
 
 
 def read_hdf5(path):
-    """s, a, r, next_s, terminated of a file in D4RL's schema, as of d4rl.qlearning_dataset."""
+    """s, a, r, next_s, terminated in D4RL's schema; without next_observations as d4rl.qlearning_dataset."""
     with h5py.File(path) as file:
         s, a = file["observations"][:], file["actions"][:]
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
         timeouts = np.ravel(file.get("timeouts", np.zeros(len(s))))
         stored = "next_observations" in file
         next_s = file.get("next_observations", np.roll(s, -1, 0))[:]  # else the next row's observation
-    kept = timeouts == 0  # the next row is of another episode
+    kept = timeouts == 0  # as in d4rl: the next row is of another episode
     if not stored:
         kept[-1:] = False
         if not timeouts.any() and not terminals.all():

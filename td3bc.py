@@ -3,13 +3,13 @@
 Fujimoto, Gu, "A Minimalist Approach to Offline Reinforcement Learning", NeurIPS 2021,
 https://arxiv.org/abs/2106.06860
 
-    python td3bc.py --env-id walker2d-medium-v2
+    python td3bc.py --env-id walker2d-medium-v2    (uv run td3bc.py installs what is listed at the end)
 
 Arguments, networks, update, data, environments, evaluation, speed, main. A block headed "the same in ..." is
 shared with the project's other scripts; the rest is TD3+BC.
 The update equals the authors' published code to 1e-13 (float64; tests/test_relatives.py computes it again).
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
-Report the last evaluation of a run, its mean and standard deviation over seeds.
+Report a run's last evaluation, mean and deviation over seeds (the paper: its last ten, every 5,000 steps).
 """
 
 import copy
@@ -247,14 +247,14 @@ def download_d4rl(name):
 
 
 def read_hdf5(path):
-    """s, a, r, next_s, terminated of a file in D4RL's schema, as of d4rl.qlearning_dataset."""
+    """s, a, r, next_s, terminated in D4RL's schema; without next_observations as d4rl.qlearning_dataset."""
     with h5py.File(path) as file:
         s, a = file["observations"][:], file["actions"][:]
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
         timeouts = np.ravel(file.get("timeouts", np.zeros(len(s))))
         stored = "next_observations" in file
         next_s = file.get("next_observations", np.roll(s, -1, 0))[:]  # else the next row's observation
-    kept = timeouts == 0  # the next row is of another episode
+    kept = timeouts == 0  # as in d4rl: the next row is of another episode
     if not stored:
         kept[-1:] = False
         if not timeouts.any() and not terminals.all():
