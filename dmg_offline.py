@@ -142,7 +142,7 @@ class TwinCritic(nn.Module):
 def adam(net, args):  # to be used with minimize alone: a plain backward() would add to what is in .grad
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)  # its place: a CUDA graph knows no other
-    lr = torch.tensor(args.learning_rate)  # a CUDA graph would freeze a number; on a GPU if the net is
+    lr = torch.tensor(args.learning_rate)  # a CUDA graph would freeze a number; on the device that main sets
     return torch.optim.Adam(net.parameters(), lr, fused=not args.compile, capturable=lr.is_cuda)
 
 
@@ -186,7 +186,7 @@ class Agent(nn.Module):
         self.optimizers = self.actor_optimizer, self.critic_optimizer, self.value_optimizer
 
     def normalize(self, observations):
-        """Observations of the environment as the networks see them, both (n, state_dim), of mean's device."""
+        """Observations of the environment as the networks see them, both (n, state_dim)."""
         return (torch.as_tensor(observations).to(self.mean) - self.mean) / self.std
 
     @torch.no_grad()
@@ -309,7 +309,7 @@ def read_hdf5(path):
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
     lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: AntMaze's success
     if lost:
-        print(f"Warning: {path}: {lost} terminal or rewarded rows dropped as in d4rl: clear their timeouts")
+        print(f"Warning: {path}: {lost} ends or successes dropped, as in d4rl: kept if no timeout, not last")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
 
