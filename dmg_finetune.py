@@ -695,8 +695,8 @@ def main(args):
 
         wandb.init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed run logged from there on
-    (folder / "args.json").write_text(record)
-    eval_csv = open(f"{folder}/eval.csv", "a", buffering=1)  # written line by line
+    Path(f"{folder}/args.json").write_text(record)
+    eval_csv = open(f"{folder}/eval.csv", "a", 1)  # written line by line
     if not args.resume:
         print("step,return_mean,return_std,normalized_score,length_mean", file=eval_csv)
     if args.capture_video:
@@ -716,8 +716,8 @@ def main(args):
         if step > learned and not 0 < t <= args.learning_starts:  # the first step only evaluates
             lr = actor_learning_rate(step, args)
             agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
-            index = torch.randint(replay.size, (args.batch_size,), device=device)
-            batch = [x[index] for x in replay.rows]
+            index = torch.randint(replay.size, [args.batch_size], device=device)
+            batch = [x.index_select(0, index) for x in replay.rows]
             noise = torch.randn(args.batch_size, action_dim, device=device)
             metrics |= learn(batch, noise, step % args.policy_frequency == 0)
 

@@ -578,8 +578,8 @@ def main(args):
 
         wandb.init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed run logged from there on
-    (folder / "args.json").write_text(record)
-    eval_csv = open(f"{folder}/eval.csv", "a", buffering=1)  # written line by line
+    Path(f"{folder}/args.json").write_text(record)
+    eval_csv = open(f"{folder}/eval.csv", "a", 1)  # written line by line
     if first_step == 0:
         print("step,return_mean,return_std,normalized_score,length_mean", file=eval_csv)
     if args.capture_video:
@@ -594,8 +594,8 @@ def main(args):
         if step:  # step 0 only evaluates
             lr = actor_learning_rate(step, args)
             agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
-            index = torch.randint(rows, (args.batch_size,), device=device)
-            batch = [x[index] for x in dataset]
+            index = torch.randint(rows, [args.batch_size], device=device)
+            batch = [x.index_select(0, index) for x in dataset]
             noise = torch.randn(args.batch_size, action_dim, device=device)
             metrics |= learn(batch, noise, step % args.policy_frequency == 0)
 

@@ -658,8 +658,8 @@ def main(args):
 
         wandb.init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed run logged from there on
-    (folder / "args.json").write_text(record)
-    eval_csv = open(f"{folder}/eval.csv", "a", buffering=1)  # written line by line
+    Path(f"{folder}/args.json").write_text(record)
+    eval_csv = open(f"{folder}/eval.csv", "a", 1)  # written line by line
     if first_step == 0:
         print("step,return_mean,return_std,normalized_score,length_mean", file=eval_csv)
     if args.capture_video:
@@ -676,8 +676,8 @@ def main(args):
         if step:  # step 0 only evaluates
             lr = actor_learning_rate(step, args)
             agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
-            index = torch.randint(replay.size, (args.batch_size,), device=device)
-            s, a, r, next_s, terminated = (x[index] for x in replay.rows)
+            index = torch.randint(replay.size, [args.batch_size], device=device)
+            s, a, r, next_s, terminated = (x.index_select(0, index) for x in replay.rows)
             metrics = learn([s, a, scale * r, next_s, terminated])
 
         evaluate_now = step % args.eval_frequency == 0 or step in (args.gradient_steps, total_steps)

@@ -187,7 +187,7 @@ def update(agent, batch, noise, args, update_actor):
     if update_actor:
         # actor (Eq. 3 and 5): maximize alpha Q1 / mean|Q1| and stay near the dataset's actions
         pi = agent.actor(s)
-        q_pi = agent.critic(s, pi)[0]
+        q_pi = agent.critic.q1(torch.cat([s, pi], -1)).squeeze(-1)  # (B,)
         bc_loss = (pi - a).square().mean()
         q_scale = q_pi.abs().mean().detach()  # at pi, as in the published code
         actor_loss = -args.alpha * q_pi.mean() / q_scale + bc_loss
@@ -530,8 +530,8 @@ def main(args):
 
         wandb.init(id=folder.name, resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed run logged from there on
-    (folder / "args.json").write_text(record)
-    eval_csv = open(f"{folder}/eval.csv", "a", buffering=1)  # written line by line
+    Path(f"{folder}/args.json").write_text(record)
+    eval_csv = open(f"{folder}/eval.csv", "a", 1)  # written line by line
     if first_step == 0:
         print("step,return_mean,return_std,normalized_score,length_mean", file=eval_csv)
     if args.capture_video:
@@ -544,8 +544,8 @@ def main(args):
     for step in tqdm(range(first_step, args.gradient_steps + 1), unit="step"):
         logs = {}
         if step:  # step 0 only evaluates
-            index = torch.randint(rows, (args.batch_size,), device=device)
-            batch = [x[index] for x in dataset]
+            index = torch.randint(rows, [args.batch_size], device=device)
+            batch = [x.index_select(0, index) for x in dataset]
             noise = torch.randn(args.batch_size, action_dim, device=device)
             metrics |= learn(batch, noise, step % args.policy_frequency == 0)
 

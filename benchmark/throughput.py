@@ -57,7 +57,7 @@ def torch_learner(name, data, device):
     def train(steps):
         for step in range(steps):
             index = torch.randint(ROWS, (256,), device=device)
-            batch = [x[index] for x in data]
+            batch = [x.index_select(0, index) for x in data]
             if file == "iql":
                 learn(batch)
             else:
