@@ -10,7 +10,7 @@ Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed
 "the same in ..." is shared with the project's other scripts.
 The update equals the authors' published code to 1e-13 (float64; tests/test_update.py computes it again).
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
-Report the last evaluation of a run, its mean and standard deviation over seeds.
+Report the last evaluation: mean and standard deviation over seeds (the printed +- is over episodes).
 """
 
 import copy
@@ -47,7 +47,7 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # subtract the dataset's mean, divide by its standard deviation
+    normalize_states: bool | None = None  # by the first dataset's mean and deviation, which --resume keeps
     # ---- DMG, offline then online ----
     offline_steps: int = 1_000_000  # updates on the dataset alone
     online_steps: int = 1_000_000  # environment steps after that, each with an update
@@ -114,8 +114,8 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
 
 
 # ---- arguments: the same in all four scripts ----
-def is_antmaze(args):  # antmaze-umaze-v2, D4RL/antmaze/umaze-v1, AntMaze_UMaze-v5
-    return "antmaze" in re.findall("[a-z]+", args.env_id.lower())
+def is_antmaze(args):  # antmaze-umaze-v2, D4RL/antmaze/umaze-v1, AntMaze_UMaze-v5; not its dense rewards
+    return "antmaze" in re.findall("[a-z]+(?!.*dense)", args.env_id.lower())
 
 
 def is_environment(env_id):
@@ -178,7 +178,7 @@ def minimize(loss, optimizer):
 
 # ---- value loss: the same in dmg_offline.py, dmg_finetune.py and iql.py ----
 def in_sample_value_loss(target_q, v, args):
-    """Loss that draws V(s), (B,), to the maximum of Q'(s, a), (B,), over the dataset's actions (Eq. 15)."""
+    """Loss that draws V(s), (B,), to the maximum of Q'(s, a), (B,), over the data's actions (DMG Eq. 15)."""
     u = target_q - v
     if args.in_sample == "iql":  # expectile
         return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
@@ -275,7 +275,7 @@ def actor_learning_rate(step, args):
 
 
 def online_schedule(t, args):
-    """lam, nu and gamma in online update t = 1, 2, ...; two near their ends by 0.99 every 1000 (App. C.2)."""
+    """lam, nu and gamma at online step t = 1, 2, ...; two near their ends by 0.99 every 1000 (App. C.2)."""
     left = 0.99 ** (t // 1000)
     lam = args.lam_end - (args.lam_end - args.lam) * left
     nu = args.nu_end + (args.nu - args.nu_end) * left
@@ -293,7 +293,7 @@ def explore(agent, observation, t, args):
 
 
 def checkpoint_args(folder):
-    """The arguments of the DMG run in `folder`, whose agent has done all offline steps."""
+    """The arguments of the DMG run in `folder`; its steps until now count as all offline ones."""
     if not Path(folder, "checkpoint.pt").is_file():
         raise ValueError(f"{folder} is no run with a checkpoint")
     args = read_args(folder)
@@ -361,7 +361,7 @@ def read_hdf5(path):
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
     lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: AntMaze's success
     if lost:
-        print(f"Warning: {path}: {lost} ends or successes dropped, as in d4rl: kept if no timeout, not last")
+        print(f"Warning: {path}: {lost} ends or successes stood at a timeout or last: dropped, as in d4rl")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
 
@@ -665,17 +665,16 @@ def main(args):
         learned = checkpoint["step"]
         online_rows = len(checkpoint["online"]["rows"][0]) if args.resume else 0
         if learned > total_steps or online_rows != max(0, learned - args.offline_steps):
-            raise ValueError(f"{source} has done {learned} steps, {online_rows} online: this does not fit")
+            raise ValueError(f"{source} has done {learned} steps: give other offline_steps or online_steps")
         try:
             agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
         except RuntimeError:
             raise ValueError(f"{source} has other networks: of another algorithm or another robot") from None
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
-        # the generators of CPU and GPU differ; another --seed has other batches and noise
-        if checkpoint["device"] == device and args.seed == read_args(source).seed:
+        if checkpoint["origin"] == f"{device}, seed {args.seed}":  # of its random numbers; else new ones
             device_module.set_rng_state(checkpoint["random"])
-    first_step = learned + 1 if args.resume else learned
+    first_step = learned + 1 if args.resume else learned  # a run that is not resumed first evaluates
     dataset = agent.normalize(s), a, r, agent.normalize(next_s), terminated
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:
@@ -713,7 +712,7 @@ def main(args):
             for name, value in online_schedule(t, args).items():
                 getattr(in_force, name).fill_(value)
             replay.step(explore(agent, replay.observation, t, args))
-        if step > learned and not 0 < t <= args.learning_starts:  # the first step only evaluates
+        if step > learned and not 0 < t <= args.learning_starts:
             lr = actor_learning_rate(step, args)
             agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
             index = torch.randint(replay.size, [args.batch_size], device=device)
@@ -725,7 +724,7 @@ def main(args):
         if metrics and (evaluate_now or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
             # a mean Q beyond ten times any return has diverged; 1000 leaves room for small rewards
-            q_limit = 1000 + 10 * replay.rows[2].abs().max().item() / (1.001 - args.gamma_online)
+            q_limit = 1000 + 10 * replay.rows[2].abs().max() / (1.001 - in_force.gamma)
             if not math.isfinite(sum(logs.values())) or abs(logs.get("losses/q_values", 0)) > q_limit:
                 writer.add_scalar("eval/diverged", 1, step)
                 writer.close()
@@ -753,8 +752,8 @@ def main(args):
             writer.add_scalar(name, value, step)
         if evaluate_now:
             writer.flush()
-            checkpoint = {"step": step, "device": device, "random": device_module.get_rng_state()}
-            checkpoint |= {"agent": agent.state_dict(), "online": replay.state()}
+            checkpoint = {"step": step, "agent": agent.state_dict(), "origin": f"{device}, seed {args.seed}"}
+            checkpoint |= {"random": device_module.get_rng_state(), "online": replay.state()}
             checkpoint["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
             torch.save(checkpoint, f"{folder}/checkpoint.tmp")
             os.replace(f"{folder}/checkpoint.tmp", f"{folder}/checkpoint.pt")  # never half-written

@@ -9,7 +9,7 @@ Arguments, networks, update, data, environments, evaluation, speed, replay, main
 ..." is shared with the project's other scripts; the rest is IQL.
 The update equals the authors' published code to 1e-13 (float64; tests/test_relatives.py computes it again).
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
-Report the last evaluation of a run, its mean and standard deviation over seeds.
+Report the last evaluation: mean and standard deviation over seeds (the printed +- is over episodes).
 """
 
 import copy
@@ -46,7 +46,7 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # subtract the dataset's mean, divide by its standard deviation
+    normalize_states: bool | None = None  # by the first dataset's mean and deviation, which --resume keeps
     # ---- IQL ----
     gradient_steps: int = 1_000_000  # iterations of the update on the dataset
     online_steps: int = 0  # environment steps after that, each with an update
@@ -58,7 +58,7 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
     gamma: float = 0.99  # discount factor (gamma), in [0, 1]
     target_update_rate: float = 0.005  # Polyak rate of the target critic (alpha), in [0, 1]
     batch_size: int = 256  # transitions per update
-    learning_rate: float = 3e-4  # Adam's; offline the actor's falls to 0 by a cosine
+    learning_rate: float = 3e-4  # Adam's; the actor's falls to 0 by a cosine if online_steps is 0
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
     eval_frequency: int | None = None  # updates between evaluations, each with a checkpoint
@@ -87,8 +87,8 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
 
 
 # ---- arguments: the same in all four scripts ----
-def is_antmaze(args):  # antmaze-umaze-v2, D4RL/antmaze/umaze-v1, AntMaze_UMaze-v5
-    return "antmaze" in re.findall("[a-z]+", args.env_id.lower())
+def is_antmaze(args):  # antmaze-umaze-v2, D4RL/antmaze/umaze-v1, AntMaze_UMaze-v5; not its dense rewards
+    return "antmaze" in re.findall("[a-z]+(?!.*dense)", args.env_id.lower())
 
 
 def is_environment(env_id):
@@ -151,7 +151,7 @@ def minimize(loss, optimizer):
 
 # ---- value loss: the same in dmg_offline.py, dmg_finetune.py and iql.py ----
 def in_sample_value_loss(target_q, v, args):
-    """Loss that draws V(s), (B,), to the maximum of Q'(s, a), (B,), over the dataset's actions (Eq. 15)."""
+    """Loss that draws V(s), (B,), to the maximum of Q'(s, a), (B,), over the data's actions (DMG Eq. 15)."""
     u = target_q - v
     if args.in_sample == "iql":  # expectile
         return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
@@ -339,7 +339,7 @@ def read_hdf5(path):
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
     lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: AntMaze's success
     if lost:
-        print(f"Warning: {path}: {lost} ends or successes dropped, as in d4rl: kept if no timeout, not last")
+        print(f"Warning: {path}: {lost} ends or successes stood at a timeout or last: dropped, as in d4rl")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
 
@@ -640,13 +640,13 @@ def main(args):
         agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
-        if checkpoint["device"] == device:  # the generators of CPU and GPU differ
+        if checkpoint["origin"] == f"{device}, seed {args.seed}":  # of its random numbers; else new ones
             device_module.set_rng_state(checkpoint["random"])
     dataset = agent.normalize(s), a.clamp(-0.99999, 0.99999), r, agent.normalize(next_s), terminated
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:
         replay.restore(checkpoint["online"])
-    learn = accelerate(agent, args)  # update; a number of args that is to change would be frozen in it
+    learn = accelerate(agent, args)  # update; a CUDA graph or --compile freezes args' numbers
     env_name = re.sub("[/:]", "-", args.env_id)
     folder = Path(args.resume or f"runs/{env_name}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
@@ -711,8 +711,8 @@ def main(args):
             writer.add_scalar(name, value, step)
         if evaluate_now:
             writer.flush()
-            checkpoint = {"step": step, "device": device, "random": device_module.get_rng_state()}
-            checkpoint |= {"agent": agent.state_dict(), "online": replay.state()}
+            checkpoint = {"step": step, "agent": agent.state_dict(), "origin": f"{device}, seed {args.seed}"}
+            checkpoint |= {"random": device_module.get_rng_state(), "online": replay.state()}
             checkpoint["optimizers"] = [optimizer.state_dict()["state"] for optimizer in agent.optimizers]
             torch.save(checkpoint, f"{folder}/checkpoint.tmp")
             os.replace(f"{folder}/checkpoint.tmp", f"{folder}/checkpoint.pt")  # never half-written

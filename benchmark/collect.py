@@ -8,10 +8,12 @@ stopped half-way, makes what D4RL calls medium and medium-replay. The set is wri
 """
 
 import dataclasses
+import hashlib
 import importlib
 import itertools
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -45,7 +47,10 @@ def script_of(folder):
     """The script that made a run folder."""
     saved = json.loads(Path(folder, "args.json").read_text())
     name = next((name for key, name in SCRIPTS.items() if key in saved), "td3bc")
-    return importlib.import_module(name)
+    script = importlib.import_module(name)
+    if saved.get("script") != hashlib.sha256(Path(script.__file__).read_bytes()).hexdigest():
+        print(f"Warning: {folder} is of a copy or another version of {name}.py: are its networks the same?")
+    return script
 
 
 def roll_out(args, env, agent, trained):
@@ -121,6 +126,8 @@ def collect(args):
         raise ValueError(f"{args.run} is of {script.__name__}.py: --replay needs one of dmg_finetune.py")
     if trained.env_id in dmg.D4RL_FILES:
         raise ValueError(f"a Minari set needs a Gymnasium environment, which {trained.env_id} has not")
+    if not re.search(r"-v\d+$", args.dataset_id):
+        raise ValueError(f"{args.dataset_id} has no version: is it {args.dataset_id}-v0?")
     target = get_dataset_path(args.dataset_id)
     if target.exists():
         raise ValueError(f"{target} exists: delete it or give another id")

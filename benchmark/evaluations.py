@@ -13,16 +13,8 @@ D4RL = [name for name in PAPER.env_id[PAPER.table == 6] if name.endswith("-v2")]
 SCRIPTS = {"offline_steps": "dmg_finetune", "online_steps": "iql", "lam": "dmg_offline"}  # by an argument
 CELL = ["algorithm", "script", "env_id", "dataset", "lam", "nu", "gradient_steps", "online_steps", "flags"]
 RUN = [*CELL, "seed", "run"]
-COLUMNS = [
-    "step",
-    "return_mean",
-    "return_std",
-    "normalized_score",
-    "q_values",
-    "steps_per_second",
-    "diverged",
-]
-COLUMNS = [*RUN, *COLUMNS]
+COLUMNS = [*RUN, "step", "return_mean", "return_std", "normalized_score"]
+COLUMNS += ["q_values", "steps_per_second", "diverged"]
 # arguments that do not change what is learned or how it is scored, and those that have a column
 ASIDE = """seed dataset_path offline_steps checkpoint resume cuda torch_deterministic matmul_precision
     compile cudagraphs eval_frequency capture_video track exp_name wandb_project_name wandb_entity
@@ -67,8 +59,7 @@ def read_run(path):
     if csv.exists():
         data = pd.read_csv(csv, float_precision="round_trip")  # "None", an older run's, is NaN
     # a resumed run does steps again: a row replaces those above it of its own and of later steps
-    below = data.step[::-1].cummin()[::-1].shift(-1, fill_value=np.inf)
-    data = data[data.step < below]
+    data = data[data.step < data.step[::-1].cummin()[::-1].shift(-1, fill_value=np.inf)]
     data["diverged"] = data.return_mean.isna().astype(int)  # the row that a diverged run ends with
     events = {} if kept else read_events(path.parent)
     data["q_values"] = data.step.map(events.get("losses/q_values", {}))
@@ -84,15 +75,15 @@ def read_run(path):
     offline = args.get("gradient_steps", args.get("offline_steps"))
     data["algorithm"] = algorithm(args, script)
     data["script"] = args.get("script", "")[:8]  # of its bytes; an older run has none
-    data["run"] = path.stem if kept else path.parent.name
-    data["dataset"] = Path(args["dataset_path"] or "").name
+    data["run"] = "/".join(path.with_suffix("").parts[-2:])
+    data["dataset"] = "/".join(Path(args["dataset_path"] or "").parts[-2:])
     for name in ("env_id", "lam", "nu", "seed"):
         data[name] = args.get(name)
     # an older run that was resumed with more steps is a longer run
     data["gradient_steps"] = 0 if args.get("from_scratch") else max([offline, *(data.step - online)])
     data["online_steps"] = online
     flags = [name for name in sorted(args) if name not in ASIDE and args[name] is not None]
-    data["flags"] = " ".join(f"{name}={args[name]}" for name in flags)
+    data["flags"] = " ".join(f"{name}={args[name]}".replace(" ", "") for name in flags)
     return data.reindex(columns=COLUMNS)
 
 
@@ -100,7 +91,9 @@ def collect(sources):
     """The evaluations of all runs below these folders and in report.py's earlier files. Raises ValueError."""
     found = []
     for source in map(Path, sources):
-        if source.suffix == ".csv" and source.exists():
+        if not source.exists() or source.name == "eval.csv":
+            raise ValueError(f"{source} is no folder of runs, nor an evaluations.csv of report.py")
+        if source.suffix == ".csv":
             earlier = pd.read_csv(source, float_precision="round_trip", dtype=dict.fromkeys(CELL[:4], str))
             found.append(earlier.reindex(columns=COLUMNS))
         for path in sorted(source.rglob("*.json")):
@@ -114,8 +107,7 @@ def collect(sources):
         raise ValueError(f"no evaluated runs in {' '.join(map(str, sources))}")
     found = [x.dropna(axis=1, how="all") for x in found]
     data = pd.concat(found, ignore_index=True).reindex(columns=COLUMNS)
-    for name in ("script", "dataset", "flags"):
-        data[name] = data[name].fillna("")
+    data = data.fillna({"script": "", "dataset": "", "flags": ""})
     return data.drop_duplicates([*RUN, "step", "diverged"], keep="last").sort_values([*RUN, "step"])
 
 
@@ -151,11 +143,11 @@ def summarise_runs(data):
 
 
 def paper_values(cell):
-    """lam and nu of App. C.1, where they mean something."""
-    if "DMG" not in cell.algorithm:
-        return {}
-    words = re.findall("[a-z]+", f"{cell.env_id} {cell.dataset}".lower())
-    return {"lam": 0.25, "nu": 0.5 if is_antmaze(cell.env_id) else 10.0 if "expert" in words else 0.1}
+    """The numbers of App. C.1 and of TD3+BC's paper that are likely to be changed."""
+    words = re.findall("[a-z]+", f"{cell.env_id} {Path(cell.dataset).name}".lower())
+    robots_nu = 10.0 if "expert" in words else 0.1
+    nu, expectile = (0.5, 0.9) if is_antmaze(cell.env_id) else (robots_nu, 0.7)
+    return {"lam": 0.25, "nu": nu, "expectile": expectile, "gamma": 0.99, "alpha": 2.5, "learning_rate": 3e-4}
 
 
 def settings(cell, first):
@@ -165,27 +157,28 @@ def settings(cell, first):
         found = dict(flag.split("=", 1) for flag in x["flags"].split())
         return found | {name: f"{x[name]:g}" for name in ("lam", "nu") if not pd.isna(x[name])}
 
-    common = values(first) | {name: f"{x:g}" for name, x in paper_values(cell).items()}
     own = values(cell)
+    common = values(first) | {name: f"{x:g}" for name, x in paper_values(cell).items() if name in own}
     names = [name for name in own | common if own.get(name) != common.get(name)]
     return " ".join(f"{name}={own.get(name)}" for name in names)
 
 
-def summarise_cells(runs):
-    """One row for each cell: mean and sample deviation of the last scores of its finished runs.
+def counted(runs):
+    """Those of a cell's runs that its mean is of: the finished ones, where none has, the unfinished."""
+    finished = runs[runs.state == "finished"]
+    return finished if len(finished) else runs[(runs.state == "unfinished") & runs.score.notna()]
 
-    Where none has finished, of its unfinished ones; `step` is then the first of their last steps.
-    """
+
+def summarise_cells(runs):
+    """One row for each cell: mean and sample deviation of last scores, the first of their steps."""
     cells = []
     for key, cell in runs.groupby(CELL, dropna=False):
         row = dict(zip(CELL, key, strict=True))
-        counted = cell[cell.state == "finished"]
-        if counted.empty:
-            counted = cell[(cell.state == "unfinished") & cell.score.notna()]
-        row |= {"n": len(counted), "step": counted.step.min(), "raw": cell.raw.all()}
-        row["mean"], row["std"] = counted.score.mean(), counted.score.std()
-        row["q_values"], row["steps_per_second"] = counted.q_values.mean(), counted.steps_per_second.mean()
-        row["handed_over"], row["handed_over_std"] = counted.handed_over.mean(), counted.handed_over.std()
+        those = counted(cell)
+        row |= {"n": len(those), "step": those.step.min(), "raw": cell.raw.all()}
+        row["mean"], row["std"] = those.score.mean(), those.score.std()
+        row["q_values"], row["steps_per_second"] = those.q_values.mean(), those.steps_per_second.mean()
+        row["handed_over"], row["handed_over_std"] = those.handed_over.mean(), those.handed_over.std()
         row |= {state: (cell.state == state).sum() for state in ("diverged", "unfinished")}
         cells.append(row)
     cells = pd.DataFrame(cells)

@@ -36,17 +36,13 @@ def adam(loss, p, state):
     t = t + 1
     rate = 3e-4 / (1 - 0.9**t)
     root = jnp.sqrt(1 - 0.999**t)
-
     p = tree.map(lambda p, m, v: p - rate * m / (jnp.sqrt(v) / root + 1e-8), p, m, v)
     return p, (m, v, t)
 
 
 def start(key, state_dim, action_dim):
-    nets = {
-        "pi": mlp_init(key, state_dim, action_dim),
-        "v": mlp_init(key, state_dim, 1),
-        "q": mlp_init(key, state_dim + action_dim, 1, 2),
-    }
+    nets = {"pi": mlp_init(key, state_dim, action_dim), "v": mlp_init(key, state_dim, 1)}
+    nets["q"] = mlp_init(key, state_dim + action_dim, 1, 2)
     states = {}
     for name, net in nets.items():
         zeros = tree.map(jnp.zeros_like, net)
@@ -104,5 +100,4 @@ def train(nets, states, data, key, steps):
             carry = update(*carry, batch, noise, update_actor)
         return carry, None
 
-    keys = jax.random.split(key, steps // 2)
-    return jax.lax.scan(two, (nets, states), keys)[0]
+    return jax.lax.scan(two, (nets, states), jax.random.split(key, steps // 2))[0]

@@ -24,9 +24,8 @@ class PlainDMG:
         self.critic = nn.ModuleList([mlp(state_dim + action_dim, 1) for _ in range(2)])
         self.actor_target = copy.deepcopy(self.actor)
         self.critic_target = copy.deepcopy(self.critic)
-        self.optimizers = {}
-        for net in (self.actor, self.value, self.critic):
-            self.optimizers[net] = torch.optim.Adam(net.parameters(), lr=3e-4)
+        nets = self.actor, self.value, self.critic
+        self.optimizers = {net: torch.optim.Adam(net.parameters(), lr=3e-4) for net in nets}
 
     def minimize(self, net, loss):
         self.optimizers[net].zero_grad()
@@ -40,8 +39,7 @@ class PlainDMG:
         u = target_q - self.value(s).squeeze(1)
         self.minimize(self.value, ((0.7 - (u < 0).float()).abs() * u**2).mean())
         with torch.no_grad():
-            smoothing = (0.2 * noise).clamp(-0.5, 0.5)
-            next_a = self.actor_target(next_s) + smoothing
+            next_a = self.actor_target(next_s) + (0.2 * noise).clamp(-0.5, 0.5)
             mild = q_min(self.critic_target, next_s, next_a.clamp(-1, 1))
             y = r + 0.99 * (1 - terminated) * (0.25 * mild + 0.75 * self.value(next_s).squeeze(1))
         sa = torch.cat([s, a], 1)
@@ -53,8 +51,7 @@ class PlainDMG:
                 advantage = target_q - self.value(s).squeeze(1)
                 weight = torch.exp(3 * advantage).clamp(max=3)
             penalty = (weight.unsqueeze(1) * (pi - a) ** 2).mean()
-            scale = q.abs().mean().detach()
-            self.minimize(self.actor, -q.mean() / scale + 0.1 * penalty)
+            self.minimize(self.actor, -q.mean() / q.abs().mean().detach() + 0.1 * penalty)
             self.move(self.actor, self.actor_target)
             self.move(self.critic, self.critic_target)
 

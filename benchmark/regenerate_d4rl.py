@@ -4,7 +4,7 @@
     python benchmark/regenerate_d4rl.py hopper-medium-v2 --policies FOLDER --sac hopper_online_3
 
 FOLDER has D4RL's ant_hierarch_pol.pkl and deep_ope's hopper_online_3.pkl (README.md) (nothing
-in them is executed), or .npz files of their weights. A million rows take 6 to 10 minutes on one core.
+in them is executed), or .npz files of their weights. A million rows take 10 to 40 minutes on one core.
 """
 
 import dataclasses
@@ -57,6 +57,9 @@ class Args:
         names = [name for name in dmg.D4RL_FILES if ("antmaze" in name) == (not self.sac)]
         if self.name not in names:
             raise ValueError(f"{self.name} is none of {', '.join(names)} (robots need --sac)")
+        robots = [robot for robot in ("halfcheetah", "hopper", "walker") if robot in " ".join(self.sac)]
+        if self.sac and (self.goal or not all(map(self.name.startswith, robots))):
+            raise ValueError(f"{self.name} takes policies of its own robot and no goal")
         self.out = self.out or f"{self.name}.hdf5"
 
 

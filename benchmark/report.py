@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from evaluations import PAPER, collect, of_cell, summarise_cells, summarise_runs
+from evaluations import PAPER, collect, counted, of_cell, summarise_cells, summarise_runs
 from matplotlib.ticker import EngFormatter
 from rliable import library as rly
 from rliable import metrics
@@ -54,18 +54,18 @@ def styles_of(cells):
 # ---- tables ----
 def score_text(cell, mean="mean", std="std"):
     """Mean ± deviation and, in brackets, the number of seeds and what is not as it should be."""
-    number = f"{cell[mean]:.1f}" if cell.n else "-"
-    if cell.n > 1:
+    number = "-" if np.isnan(cell[mean]) else f"{cell[mean]:.1f}"
+    if not np.isnan(cell[std]):
         number += f" ± {cell[std]:.1f}"
     notes = ["1 seed" if cell.n == 1 else f"{cell.n} seeds"]
     if cell.n and cell.step != cell.length + cell.online_steps:
         steps = cell.gradient_steps if mean == "handed_over" else cell.step
         notes.append(f"after {steps:,.0f} steps")
-    elif cell.unfinished:
+    if cell.unfinished and not cell.step < cell.gradient_steps + cell.online_steps:
         notes.append(f"{cell.unfinished} unfinished")
     if cell.diverged:
         notes.append(f"{cell.diverged} diverged")
-    return f"{number} ({', '.join(notes)})"
+    return f"{number} ({', '.join(notes)}{', raw' * bool(cell.raw and cell.n)})"
 
 
 def paper_text(table, env_id, name):
@@ -103,9 +103,8 @@ def overview(cells):
     """Every cell, with lam, nu, Q and speed."""
     steps = cells[["gradient_steps", "online_steps"]].map("{:,.0f}".format)
     table = pd.concat([cells[["set", "label", "settings", "lam", "nu"]], steps], axis=1)
-    scores = [score_text(cell) + ", raw" * cell.raw for _, cell in cells.iterrows()]
-    numbers = {"mean Q": cells.q_values.round(1), "steps/s": cells.steps_per_second.round(1)}
-    return table.assign(**{"last score (return if raw)": scores} | numbers)
+    table["last score (return if raw)"] = [score_text(cell) for _, cell in cells.iterrows()]
+    return table.assign(**{"mean Q": cells.q_values.round(1), "steps/s": cells.steps_per_second.round(1)})
 
 
 def markdown(table):
@@ -117,16 +116,17 @@ def markdown(table):
 
 # ---- figures ----
 def draw_cell(axis, cell, data, runs, style):
-    """A curve: mean over seeds, shaded the sample deviation; a cross where a seed diverged."""
-    counted = of_cell(runs, cell)
-    rows = of_cell(data, cell)
-    rows = rows[rows.run.isin(counted.run) & (rows.diverged == 0)]
+    """A curve: mean over the score's seeds, shaded the sample deviation; a cross where one diverged."""
+    own, rows = of_cell(runs, cell), of_cell(data, cell)
+    shown = counted(own) if cell.n else own
+    rows = rows[rows.run.isin(shown.run) & (rows.diverged == 0)]
     by_step = rows.normalized_score.fillna(rows.return_mean).groupby(rows.step)
-    mean, std = by_step.mean(), by_step.std().fillna(0)
+    whole = by_step.size() == len(shown)
+    mean, std = by_step.mean()[whole], by_step.std().fillna(0)[whole]
     color, line = style
     axis.plot(mean.index, mean, line, color=color, label=cell.legend)
     axis.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-    for _, run in counted[counted.state == "diverged"].iterrows():
+    for _, run in own[own.state == "diverged"].iterrows():
         axis.plot(run.step, run.score, "x", color=color, markersize=9, markeredgewidth=2)
     if cell.online_steps and cell.gradient_steps:
         axis.axvline(cell.gradient_steps, color="grey", linestyle=":", linewidth=1)
@@ -205,9 +205,11 @@ def report(args):
     styles = styles_of(cells)
     args.folder.mkdir(parents=True, exist_ok=True)
     data.to_csv(args.folder / "evaluations.csv", index=False)
-    text = ["# Report\n", "Last score, mean ± sample deviation over seeds. lam and nu as in App. C.1.\n"]
+    text = [
+        "# Report\n",
+        "Last score and curve: mean ± sample deviation over seeds; a cross: one diverged.\n",
+    ]
     text.append("A row or curve with settings: what differs from the one without them, or from App. C.1.\n")
-    text.append("A curve: mean over seeds, shaded their deviation; a cross: a seed diverged.\n")
     for (kind, steps, online), part in cells.groupby(["data", "length", "online_steps"]):
         title = kind + f", {steps:,.0f} gradient steps" * bool(steps)
         title += f", {online:,.0f} online steps" * bool(online)
@@ -218,7 +220,8 @@ def report(args):
         text.append(curves(data, runs, part, styles, args.folder / f"{slug}.png"))
         scores, sets = seed_scores(part, runs)
         if scores:
-            text.append(f"rliable, stratified bootstrap, 95 %, over {', '.join(sets)}:\n")
+            seeds = ", ".join(f"{len(x)} of {label}" for label, x in scores.items())
+            text.append(f"rliable, stratified bootstrap, 95 %, over {', '.join(sets)}; seeds: {seeds}\n")
             text.append(markdown(intervals(scores, args.bootstrap_samples)))
     text += ["## Everything that was run\n", markdown(overview(cells))]
     (args.folder / "report.md").write_text("\n".join(text))

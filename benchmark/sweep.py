@@ -67,7 +67,9 @@ class Run:
             return "not begun"
         last = self.attempts[-1]
         code = last["exit_code"]
-        return STATES.get(code) or ERRORS.get(last["error"].split(":")[0], f"failed ({code})")
+        return (
+            STATES.get(code) or (code == 1 and ERRORS.get(last["error"].split(":")[0])) or f"failed ({code})"
+        )
 
     @property
     def progress(self):

@@ -52,6 +52,7 @@ def room(tmp_path_factory):
         patched.setattr(tempfile, "tempdir", str(folder))
         write_hdf5("hopper.hdf5", x := d4rl_arrays())
         write_hdf5("other_units.hdf5", x | {"observations": 3 + 5 * x["observations"][::-1]})
+        write_hdf5("thousands.hdf5", x | {"rewards": np.full(600, 1000.0)})
         write_hdf5("walker.hdf5", d4rl_arrays(60, 17, 6))
         yield folder
 

@@ -107,13 +107,15 @@ def test_antmaze_has_its_rewards_and_nested_observations_back(place, monkeypatch
     assert rewards.tolist() == [-1.0] * 40
 
 
-def test_what_cannot_be_done_is_said_and_writes_nothing(td3, place):
+def test_what_cannot_be_done_is_said_and_writes_nothing(td3, place, capsys):
     (place / "minari/my/taken-v0").mkdir(parents=True)
     (place / "args.json").write_text('{"lam": 0.25}')
     before = sorted((place / "minari").rglob("*"))
     assert "exists" in refusal(collect.collect, collect.Args(str(td3), "my/taken-v0"))
+    assert "has no version" in refusal(collect.collect, collect.Args(str(td3), "my/new"))
     args = collect.Args(str(place), "my/new-v0", replay=True)
     assert "of dmg_offline.py" in refusal(collect.collect, args)
+    assert "a copy or another version of dmg_offline.py" in capsys.readouterr().out
     with pytest.raises(OSError, match="nowhere"):
         collect.collect(collect.Args("nowhere", "my/new-v0"))
     assert sorted((place / "minari").rglob("*")) == before

@@ -64,6 +64,7 @@ ANTMAZE |= {"eval_episodes": 100, "normalize_states": False}
     ("Hopper-v4", "inexpert_human.hdf5", 0.1, MUJOCO), ("mujoco/hopper/expert-v0", None, 10, MUJOCO),
     ("antmaze-large-play-v2", None, 0.5, ANTMAZE), ("D4RL/antmaze/umaze-v1", None, 0.5, ANTMAZE),
     ("gymnasium_robotics:AntMaze_UMaze-v5", "file.hdf5", 0.5, ANTMAZE),
+    ("gymnasium_robotics:AntMaze_UMazeDense-v5", "file.hdf5", 0.1, MUJOCO),
 ])  # fmt: skip
 def test_defaults_by_dataset_are_those_of_the_paper(env_id, path, nu, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

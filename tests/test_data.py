@@ -92,9 +92,9 @@ BOTH = {"terminals": LAST, "timeouts": LAST, "rewards": LAST.astype("f4")}  # su
 
 @pytest.mark.parametrize("columns, stored, said", [
     ({}, False, []), ({"timeouts": None}, True, []), ({"terminals": ALL, "timeouts": NO}, True, []),
-    ({"terminals": ALL, "timeouts": NO}, False, ["1 ends or successes dropped"]),
+    ({"terminals": ALL, "timeouts": NO}, False, ["1 ends or successes"]),
     ({"timeouts": None}, False, ["marks no timeouts"]), ({"timeouts": NO}, False, ["marks no timeouts"]),
-    (BOTH, False, ["20 ends or successes dropped"]), (BOTH, True, ["20 ends"]),
+    (BOTH, False, ["20 ends or successes"]), (BOTH, True, ["20 ends"]),
     (BOTH | {"terminals": NO}, False, ["20 ends"]), (BOTH | {"terminals": LAST[:, None]}, False, ["20 ends"]),
     (BOTH | {"rewards": BOTH["rewards"][:, None]}, False, ["20 ends"]),
 ])  # fmt: skip

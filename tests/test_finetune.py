@@ -174,6 +174,12 @@ def test_from_scratch_an_own_environment_in_a_module_may_use_numpys_types(reward
     assert (mean_return, length, *eval_rows(folder)) == (sum(expected[:4]), 4, 0, 10)
 
 
+def test_the_limit_of_divergence_is_that_of_the_gamma_in_force():
+    fast = {"learning_rate": 0.01, "target_update_rate": 1.0, "policy_frequency": 1, "offline_steps": 100}
+    data = DATA | {"dataset_path": "thousands.hdf5", "gamma": 0.999, "gamma_online": 0.0, "online_steps": 0}
+    assert eval_rows(run(**data | fast)).keys() == {0, 100}  # Q is 50,000, of a million
+
+
 def test_what_cannot_work_is_refused_before_anything_is_written():
     for contradiction in ({"checkpoint": "runs/a"}, {"dataset_path": "hopper.hdf5"}):
         assert "from_scratch" in refusal(lambda x=contradiction: Args(**PENDULUM | x))

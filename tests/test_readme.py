@@ -21,10 +21,8 @@ def test_every_link_leads_to_a_file_and_every_anchor_to_a_heading(page):
         target = ROOT / page / (path or "README.md")
         assert target.exists(), link
         if anchor and not re.fullmatch(r"L\d+", anchor):
-            headings = re.findall(r"^#+ (.+)$", target.read_text().lower(), re.M)
-            assert anchor in [re.sub(r"[^\w\- ]", "", x).replace(" ", "-") for x in headings], (
-                link
-            )  # GitHub's
+            titles = re.findall(r"^#+ (.+)$", target.read_text().lower(), re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", x).replace(" ", "-") for x in titles], link  # GitHub's
 
 
 def test_equations_are_linked_to_their_lines():

@@ -157,6 +157,7 @@ def test_published_pickles_are_read_and_run_nothing(tmp_path):
 
 
 def test_wrong_input_is_named(tmp_path):
-    for name, sac in (("hopper-medium-v2", ()), ("antmaze-umaze-v2", ("a",)), ("Hopper-v4", ("a",))):
+    wrong = ("hopper-medium-v2", ()), ("antmaze-umaze-v2", ("a",)), ("Hopper-v4", ("a",))
+    for name, sac in (*wrong, ("halfcheetah-medium-v2", ("walker_online_3",))):
         assert name in refusal(d4rl.Args, name, str(tmp_path), sac)
     assert "ant_hierarch_pol" in refusal(d4rl.regenerate, d4rl.Args("antmaze-umaze-v2", str(tmp_path)))

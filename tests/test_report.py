@@ -35,14 +35,16 @@ def by_hand(tmp_path_factory):
     runs = [a_run(seed, {500_000: 1.0, MILLION: x}) for seed, x in enumerate((90.0, 100.0, 110.0))]
     runs += [a_run(1, {500_000: 99.0}, run="again")]  # seed 1 again, stopped halfway
     runs += [a_run(3, {500_000: 80.0}), a_run(4, {500_000: 80.0, 500_001: None})]
-    runs += [a_run(0, {MILLION: 22.0}, flags="gamma=0.9"), a_run(0, {MILLION: 11.0}, lam=1.0)]
+    runs += [a_run(seed, {MILLION: 22.0}, flags="gamma=0.9") for seed in range(5)]  # more than by default
+    runs += [a_run(0, {MILLION: 11.0}, lam=1.0)]
     runs += [a_run(seed, {MILLION: 50.0 + seed}, algorithm="IQL") for seed in range(4)]
     runs += [a_run(0, {MILLION: 70 + lam}, algorithm="mine", lam=lam) for lam in (0.25, 1.0)]
     for k, script in enumerate(("", "12345678", "87654321")):  # digits, but no numbers
         runs += [a_run(0, {MILLION: 73.0 + k}, algorithm="ours", script=script)]
     again = {"env_id": "antmaze-umaze-v2", "dataset": "umaze.hdf5", "nu": 0.5}
     runs += [a_run(0, {50_000: 15.0, 350_000: 96.0}, **again), a_run(0, {10: 1.0}, steps=10, **again)]
-    runs += [a_run(0, {500_000: 97.0}, **again | {"algorithm": "IQL", "steps": 500_000, "nu": np.nan})]
+    iql = again | {"algorithm": "IQL", "steps": 500_000, "nu": np.nan}
+    runs += [a_run(0, {500_000: 97.0}, **iql), a_run(1, {50_000: 1.0}, **iql)]
     runs += [a_run(0, {500_000: None}, **again | {"algorithm": "TD3+BC", "nu": np.nan})]
     online = {"env_id": "antmaze-umaze-v2", "online": MILLION, "nu": 0.5, "script": "dmg_finetune.py's"}
     runs += [a_run(s, {MILLION: 90.0 + s, 2 * MILLION: 95.0 + s}, **online) for s in (0, 1)]
@@ -65,18 +67,19 @@ def test_cells_are_means_of_finished_seeds_beside_the_papers_score(by_hand):
     others = "70.2 (1 seed) | 73.0 (1 seed) | 74.0 (1 seed) | 75.0 (1 seed) |\n"
     assert f"| hopper-medium-v2 | {dmg} {others}" in text and "DMG (script" not in text
     row = "| antmaze-umaze-v2 | 90.5 ± 0.7 (2 seeds) | 92.4 | 95.5 ± 0.7 (2 seeds) | 93.4 |"
-    assert row in text and "| Ant-v5 lam=0.5 | 3000.0 (1 seed) |" in text
+    assert row in text and "| Ant-v5 lam=0.5 | 3000.0 (1 seed, raw) |" in text
     # other settings have rows of their own, without the paper's score
     found = re.findall(r"^\| hopper-medium-v2(.*)", text.split("## Everything")[0], re.M)
     gamma, lam = (row.replace("|  ", "") for row in found[1:])
-    assert gamma == " gamma=0.9 | 22.0 (1 seed) |" and lam == " lam=1 | 11.0 (1 seed) | 71.0 (1 seed) |"
-    assert "| DMG | gamma=0.9 | 0.25 | 0.1 | 1,000,000 | 0 | 22.0 (1 seed) |" in text
+    assert (gamma, lam) == (" gamma=0.9 | 22.0 ± 0.0 (5 seeds) |", " lam=1 | 11.0 (1 seed) | 71.0 (1 seed) |")
+    assert "| DMG | gamma=0.9 | 0.25 | 0.1 | 1,000,000 | 0 | 22.0 ± 0.0 (5 seeds) |" in text
 
 
 def test_d4rl_made_again_has_tables_of_its_own_whose_heading_names_the_original(by_hand):
     part = by_hand[0].split("## D4RL made again\n")[1].split("\n## ")[0]
     assert part.count(" (paper, original data, 1M steps) |") == 3
-    ours = "96.0 (1 seed, after 350,000 steps) | 92.4 ± 1.8 | 97.0 (1 seed, after 500,000 steps) | 89.6 |"
+    ours, iql = "96.0 (1 seed, after 350,000 steps)", "97.0 (1 seed, after 500,000 steps, 1 unfinished)"
+    ours = f"{ours} | 92.4 ± 1.8 | {iql} | 89.6 |"
     assert f"| antmaze-umaze-v2 (umaze.hdf5) | {ours} - (0 seeds, 1 diverged) | 73.0 |" in part
     tuned = "| 41.0 (1 seed, after 500 steps) | 92.4 | 65.0 (1 seed, after 600 steps) | 93.4 |"
     assert "## D4RL made again, 100 online steps\n" in by_hand[0] and tuned in by_hand[0]
@@ -94,7 +97,7 @@ def test_rliable_recomputed():
 def test_pictures_show_every_curve_in_a_colour_of_its_own_with_units_and_a_cross(by_hand):
     (axis,) = by_hand[1]["d4rl-v2-1000000-gradient-steps"].axes
     lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
-    assert lines.pop("DMG").get_xydata().tolist() == [[500_000, 32.6], [MILLION, 100.0]]
+    assert lines.pop("DMG").get_xydata().tolist() == [[500_000, 1], [MILLION, 100]]  # of the table's seeds
     assert lines.pop("DMG, paper, original data, 1M steps").get_color() == "black"
     scores = {"DMG gamma=0.9": 22, "DMG lam=1": 11, "IQL": 51.5, "mine": 70.25, "mine lam=1": 71, "ours": 73}
     scores |= {"ours (script 123456)": 74, "ours (script 876543)": 75}
@@ -120,6 +123,7 @@ def test_run_folders_and_kept_copies_of_them_become_the_same_rows(tmp_path, monk
         bad = write_hdf5("bad.hdf5", arrays | {"rewards": 1e25 * arrays["rewards"]})
         run(dmg_offline, **offline, dataset_path=bad)
     data = evaluations.collect([Path("runs")])
+    assert "eval.csv is no folder of runs" in refusal(evaluations.collect, [good / "eval.csv"])
     steps = {name: rows.step.tolist() for name, rows in data.groupby("dataset")}
     assert steps == {"good.hdf5": [0, 10, 20], "bad.hdf5": [0, 10]} and set(data.algorithm) == {"DMG"}
     runs = evaluations.summarise_runs(data).set_index("dataset")
@@ -140,8 +144,10 @@ def test_run_folders_and_kept_copies_of_them_become_the_same_rows(tmp_path, monk
     original = data[data.dataset == "good.hdf5"].reset_index()[names]
     pd.testing.assert_frame_equal(kept(text)[names], original, check_dtype=False)
     assert set(kept(text, script="0" * 64).script) == {"00000000"} != set(original.script)
-    for name, change in {"copy": {"exp_name": "copy"}, "TD3": {"from_scratch": True}}.items():
-        assert set(kept(text, **change).algorithm) == {name}
+    for name, change in {"copy": {"exp_name": "copy", "x": (1, 2)}, "TD3": {"from_scratch": True}}.items():
+        runs = evaluations.summarise_runs(kept(text, **change, dataset_path="/data/a/b.hdf5"))
+        (cell,) = evaluations.summarise_cells(runs).itertuples()
+        assert (cell.algorithm, cell.dataset, *runs.run) == (name, "a/b.hdf5", "kept/a")
     for name in ("normalize_states", "exp_name", "versions", "script"):  # as an older version wrote it
         del saved[name]
     text = "step,return_mean,return_std,normalized_score,length_mean,episodes,wall_seconds\n"
@@ -156,6 +162,6 @@ def test_run_folders_and_kept_copies_of_them_become_the_same_rows(tmp_path, monk
 def test_the_committed_results_are_readable_and_wrong_input_is_a_sentence(tmp_path):
     data = evaluations.collect([Path(report.__file__).with_name("results") / "d4rl_made_again"])
     assert set(data.algorithm) <= set(report.STYLES) and (data.dataset != "").all()
-    assert "no evaluated runs in nowhere" in refusal(evaluations.collect, [Path("nowhere")])
+    assert "nowhere is no folder of runs" in refusal(evaluations.collect, [Path("nowhere")])
     (tmp_path / "args.json").write_text("{}")
     assert "no run of these scripts" in refusal(evaluations.collect, [tmp_path])

@@ -5,6 +5,7 @@ import functools
 import importlib
 import multiprocessing
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -144,15 +145,19 @@ def test_a_resumed_run_takes_another_learning_rate_device_and_number_of_steps_bu
     own = getattr(script, "actor_learning_rate", lambda *_: 0.002)
     for k, (*_, rates) in enumerate(seen):
         assert rates == pytest.approx([own(21 + k, args), *[0.002] * (len(rates) - 1)], rel=1e-6)
-    on_gpu = {"device": "cuda", "random": torch.zeros(16, dtype=torch.uint8)}
+    on_gpu = {"origin": "cuda, seed 0", "random": torch.zeros(16, dtype=torch.uint8)}
     torch.save(middle | on_gpu, folder / "checkpoint.pt")
     steps = "--offline-steps" if script is dmg_finetune else "--gradient-steps"
     run(script, "--resume", folder, "--learning-rate", 0, steps, 60)
     after = load_checkpoint(folder)
     assert all("_target" in name or same(x, after["agent"][name]) for name, x in middle["agent"].items())
     assert [x["optimizers"][1][0]["step"] for x in (before, middle, after)] == [20, 40, 60]
-    assert after["device"] == "cpu" and after["random"].shape == middle["random"].shape
-    assert f"{folder} has done 60 steps" in refusal(lambda: run(script, resume=folder, **offline(script, 59)))
+    assert after["origin"] == "cpu, seed 0" and after["random"].shape == middle["random"].shape
+    other = shutil.copytree(folder, f"{folder}-1")
+    for k, same_run in enumerate((folder, other)):
+        run(script, "--resume", same_run, "--seed", k, steps, 61)
+    assert not same(*(load_checkpoint(x)["random"] for x in (folder, other)))  # another seed, other batches
+    assert f"{folder} has done 61 steps" in refusal(lambda: run(script, resume=folder, **offline(script, 59)))
 
 
 @EACH

@@ -63,7 +63,6 @@ def test_killed_diverged_and_wrong_runs_and_a_second_start(tmp_path):
     first, second = (line for line in (good / "output.log").read_text().splitlines() if line.startswith("$ "))
     assert "--resume" not in first and f"--resume {path.parent}" in second
     assert steps_of(good) == [0, 200, 400]
-    # a divergence is a result, and wrong input is no use to try again
     for name, codes in {"good": [-9, 0], "diverging": [1], "wrong": [1], "absent": [2]}.items():
         (folder,) = tmp_path.glob(f"benchmark-runs/*{name}*")
         assert [x["exit_code"] for x in attempts(folder)] == codes
@@ -93,8 +92,10 @@ def test_an_attempt_finds_the_bundled_set_and_refuses_a_changed_script(tmp_path,
     sweep.attempt(left, 1, False)
     assert left.state == "wrong input" and not (left.folder / "runs").exists()
     assert not {run.folder for run in sweep.plan(args)} & {done.folder, left.folder}
-    for error, state in {"FloatingPointError: nan": "diverged", "TypeError: x": "failed (1)"}.items():
-        left.record([{"exit_code": 1, "error": sweep.error_in(f"12 % done\n{error}\nwandb: sent\n")}])
+    states = {"FloatingPointError": "diverged", "TypeError": "failed (1)", "ValueError": "failed (-9)"}
+    for error, state in states.items():
+        code = -9 if "-9" in state else 1  # killed, whatever it printed
+        left.record([{"exit_code": code, "error": sweep.error_in(f"12 % done\n{error}: x\nwandb: sent\n")}])
         assert left.state == state
 
 
