@@ -32,7 +32,7 @@ def a_run(seed, scores, env_id="hopper-medium-v2", algorithm="DMG", steps=MILLIO
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory):
     """Text and figures of a report on a small evaluations.csv."""
-    runs = [a_run(seed, {500_000: 1.0, MILLION: x}) for seed, x in enumerate((90.0, 100.0, 110.0))]
+    runs = [a_run(k, {500_000: 1.0, 600_000 + k: 9.0, MILLION: 90.0 + 10 * k}) for k in range(3)]
     runs += [a_run(1, {500_000: 99.0}, run="again")]  # seed 1 again, stopped halfway
     runs += [a_run(3, {500_000: 80.0}), a_run(4, {500_000: 80.0, 500_001: None})]
     runs += [a_run(seed, {MILLION: 22.0}, flags="gamma=0.9") for seed in range(5)]  # more than by default
