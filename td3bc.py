@@ -520,7 +520,7 @@ def main(args):
     dataset = [x.to(device) for x in dataset]
     learn = accelerate(agent, args)  # update; a CUDA graph or --compile freezes args' numbers
     env_name = re.sub("[/:]", "-", args.env_id)
-    folder = Path(args.resume or f"runs/{env_name}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
+    folder = Path(args.resume or f"runs/{env_name}__{args.exp_name}__{args.seed}__{time.time_ns()}")
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     record = json.dumps(vars(args) | {"resume": None, "versions": versions, "script": script}, indent=2)

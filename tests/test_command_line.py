@@ -115,7 +115,7 @@ TAGS = """charts/SPS charts/actor_learning_rate eval/episodic_length eval/episod
 @pytest.mark.parametrize("env_id, scored", [("Hopper-v4", False), ("hopper-medium-v2", True)])
 def test_what_a_run_leaves_and_prints(cli, env_id, scored):
     code, out, folder = cli(f"{SMALL} --env-id {env_id}")
-    assert code == 0 and re.fullmatch(rf"{env_id}__dmg_offline__0__\d{{13}}", folder.name), out
+    assert code == 0 and re.fullmatch(rf"{env_id}__dmg_offline__0__\d{{19}}", folder.name), out
     record = json.loads((folder / "args.json").read_text())
     assert record.pop("script") == hashlib.sha256((ROOT / "dmg_offline.py").read_bytes()).hexdigest()
     assert sorted(record.pop("versions")) == ["gymnasium", "minari", "mujoco", "torch"]
