@@ -3,7 +3,7 @@
 Mao, Wang, Qu, Jiang, Ji, "Doubly Mild Generalization for Offline Reinforcement Learning", NeurIPS 2024,
 https://arxiv.org/abs/2411.07934
 
-    python dmg_offline.py --env-id walker2d-medium-v2 --lam 0.25    (uv run installs what the end lists)
+    python dmg_offline.py --env-id walker2d-medium-v2 --lam 0.25    (uv run instead installs its packages)
 
 Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, main. A block headed "the
 same in ..." is shared with the project's other scripts; the rest is DMG.
