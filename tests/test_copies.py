@@ -32,7 +32,7 @@ arrays = x[:-1], np.tanh(x[1:, :1]), x[1:, 0], x[1:], np.arange(60) % 9 == 8  # 
 """
 # what a user replaces in the file, and by what
 LAYERS = ("nn.Linear(n_in, 256), nn.R", "nn.Linear(n_in, 256), nn.LayerNorm(256), nn.Dropout(0.1), nn.R")
-ADAMW = ("torch.optim.Adam(", "torch.optim.AdamW(")
+ADAMW = ("Adam(net.parameters()", "AdamW([{'params': [p]} for p in net.parameters()]")  # a group for each
 CLIP = ("    optimizer.step()\n", "    nn.utils.clip_grad_norm_(parameters, 1.0)\n    optimizer.step()\n")
 EAGER = ("fullgraph=True)", 'fullgraph=True, backend="eager")')  # the test's: without a C++ compiler
 IMPORT = ("import tyro\n", "import tyro\nimport walk\n")

@@ -94,7 +94,7 @@ def test_a_cuda_graph_is_captured_after_plain_steps_of_its_kind_and_then_replaye
     fake = SimpleNamespace(CUDAGraph=Graph, graph=capture, current_stream=int, is_available=bool)
     monkeypatch.setattr(torch, "cuda", fake)
     monkeypatch.setattr(script, "update", recorded)
-    on_gpu = SimpleNamespace(mean=SimpleNamespace(is_cuda=True, device=torch.device("cuda")))
+    on_gpu = SimpleNamespace(optimizers=(), mean=SimpleNamespace(is_cuda=True))
     learn = script.accelerate(on_gpu, args)
     assert all(same(learn(*inputs[k]), expected[k]) for k in steps)
     graph = lambda first, last: first * ["plain"] + ["capture"] + (last - first) * ["replay"]  # noqa: E731
