@@ -8,7 +8,7 @@ https://arxiv.org/abs/2411.07934
 
 Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, replay, main. A block headed
 "the same in ..." is shared with the project's other scripts.
-The update equals the authors' published code to 1e-13 (float64; tests/test_update.py computes it again).
+The update equals the authors' published code to 1e-13 (README.md); tests/test_update.py derives it again.
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report the last evaluation: mean and standard deviation over seeds (the printed +- is over episodes).
 """
@@ -43,28 +43,28 @@ from tqdm import tqdm
 
 
 @dataclasses.dataclass
-class Args:  # a number or switch that is None gets its default by the dataset: see __post_init__
+class Args:  # None: the default in the field's comment, by the dataset; see __post_init__
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # by the first dataset's mean and deviation, which --resume keeps
+    normalize_states: bool | None = None  # by mean and deviation of the run's first data; --resume keeps them
     # ---- DMG, offline then online ----
     offline_steps: int = 1_000_000  # updates on the dataset alone
     online_steps: int = 1_000_000  # environment steps after that, each with an update
     checkpoint: str | None = None  # run folder of a DMG agent to start from, with its arguments
     from_scratch: bool = False  # TD3: no dataset, no offline steps, lam 1, nu 0
-    learning_starts: int | None = None  # first online steps, with uniform actions and without an update
+    learning_starts: int | None = None  # first online steps, uniform, without update: 0, from scratch 25k
     exploration_noise: float = 0.1  # standard deviation of the noise on online actions in [-1, 1]
-    gamma_online: float | None = None  # discount factor online, in [0, 1]
+    gamma_online: float | None = None  # discount factor online, in [0, 1]: gamma, on antmaze-large 0.995
     lam_end: float = 0.5  # what lam tends to online, in [0, 1]
     nu_end: float = 0.005  # what nu tends to online
     lam: float = 0.25  # mixture coefficient (lambda), in [0, 1]: share of the target that may generalize
-    nu: float | None = None  # penalty coefficient (nu)
-    expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]
+    nu: float | None = None  # penalty coefficient (nu): 0.1, AntMaze 0.5; 10 where a name has the word expert
+    expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]: 0.7, AntMaze 0.9
     in_sample: Literal["iql", "xql", "sql"] = "iql"  # how V learns the in-sample maximum (Table 3)
-    in_sample_temperature: float | None = None  # beta of xql, alpha of sql
-    inverse_temperature: float | None = None  # inverse temperature of the advantage weights (alpha)
-    max_weight: float | None = None  # upper clip of the advantage weights, at least 1
+    in_sample_temperature: float | None = None  # beta of xql, alpha of sql: 5, of sql without expert 2
+    inverse_temperature: float | None = None  # advantage weights' inverse temperature (alpha): 3, AntMaze 10
+    max_weight: float | None = None  # upper clip of the advantage weights, at least 1: 3, AntMaze 100
     policy_frequency: int = 2  # critic updates per update of actor and targets
     policy_noise: float = 0.2  # standard deviation of the target policy's noise; actions are in [-1, 1]
     noise_clip: float = 0.5  # clip of that noise
@@ -74,8 +74,8 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
     learning_rate: float = 3e-4  # Adam's; offline the actor's falls to 0 by a cosine
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations, each with a checkpoint
-    eval_episodes: int | None = None  # whole episodes per evaluation
+    eval_frequency: int | None = None  # updates between evaluations with a checkpoint: 20k, AntMaze 50k
+    eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
     seed: int = 0  # of networks, batches, noise and evaluation episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
     cuda: bool = True  # train on the GPU if there is one
@@ -109,12 +109,14 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
         at_least_one = "policy_frequency", "max_weight", "batch_size", "eval_frequency", "eval_episodes"
         unit_interval = "lam", "lam_end", "expectile", "gamma", "gamma_online", "target_update_rate"
         fill_and_check(self, defaults, at_least_one, unit_interval, needs_data=not self.from_scratch)
+        if self.checkpoint and not self.resume and not Path(self.checkpoint, "checkpoint.pt").is_file():
+            raise ValueError(f"{self.checkpoint} is no run with a checkpoint")
         if 0 < self.online_steps <= self.learning_starts:
             raise ValueError(f"learning_starts, {self.learning_starts}, must be less than online_steps")
 
 
 # ---- arguments: the same in all four scripts ----
-def is_antmaze(args):  # antmaze-umaze-v2, D4RL/antmaze/umaze-v1, AntMaze_UMaze-v5; not its dense rewards
+def is_antmaze(args):  # antmaze-umaze-v2, gymnasium_robotics:AntMaze_UMaze-v5; not its dense rewards
     return "antmaze" in re.findall("[a-z]+(?!.*dense)", args.env_id.lower())
 
 
@@ -178,7 +180,7 @@ def minimize(loss, optimizer):
 
 # ---- value loss: the same in dmg_offline.py, dmg_finetune.py and iql.py ----
 def in_sample_value_loss(target_q, v, args):
-    """Loss that draws V(s), (B,), to the maximum of Q'(s, a), (B,), over the data's actions (DMG Eq. 15)."""
+    """Loss that draws V(s), (B,), towards the largest Q'(s, a), (B,), of the data's actions (DMG Eq. 15)."""
     u = target_q - v
     if args.in_sample == "iql":  # expectile
         return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
@@ -220,11 +222,11 @@ class Agent(nn.Module):
 def update(agent, batch, noise, args, update_actor):
     """One iteration of Algorithm 1. noise: (B, action_dim), standard normal. Returns detached scalars.
 
-    CUDA graphs and --compile freeze args' numbers: make one that changes a tensor, and fill_ it in place.
+    CUDA graphs and --compile freeze args' numbers: one that changes must be a tensor, filled in place.
     """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
-    # in-sample maximum (Eq. 15): V(s) tends to the largest Q'(s, a) over the dataset's actions
+    # in-sample maximum (Eq. 15): V(s) is drawn towards the largest Q'(s, a) of the dataset's actions
     with torch.no_grad():
         target_q = agent.critic_target(s, a).amin(0)
     v = agent.value(s)
@@ -275,9 +277,9 @@ def actor_learning_rate(step, args):
 
 
 def online_schedule(t, args):
-    """lam, nu and gamma at online step t = 1, 2, ...; two near their ends by 0.99 every 1000 (App. C.2)."""
+    """lam, nu and gamma at online step t = 1, 2, ...; what lam and nu lack of their ends shrinks by 0.99."""
     left = 0.99 ** (t // 1000)
-    lam = args.lam_end - (args.lam_end - args.lam) * left
+    lam = args.lam_end + (args.lam - args.lam_end) * left
     nu = args.nu_end + (args.nu - args.nu_end) * left
     return {"lam": lam, "nu": nu, "gamma": args.gamma_online}
 
@@ -293,9 +295,7 @@ def explore(agent, observation, t, args):
 
 
 def checkpoint_args(folder):
-    """The arguments of the DMG run in `folder`; its steps until now count as all offline ones."""
-    if not Path(folder, "checkpoint.pt").is_file():
-        raise ValueError(f"{folder} is no run with a checkpoint")
+    """The arguments of the DMG run in `folder`; its steps so far are the offline steps."""
     args = read_args(folder)
     args.offline_steps = torch.load(f"{folder}/checkpoint.pt", map_location="cpu")["step"]
     vars(args).update(checkpoint=folder, exp_name=Args.exp_name)
@@ -455,8 +455,9 @@ class D4RLAntMaze(ant_v5.AntEnv):
 
     def __init__(self, size, **options):
         self.goal_corner, self.map = D4RL_MAZES[size]
-        seen = {"exclude_current_positions_from_observation": False, "include_cfrc_ext_in_observation": False}
-        super().__init__(**seen, **options)
+        super().__init__(
+            exclude_current_positions_from_observation=False, include_cfrc_ext_in_observation=False, **options
+        )
 
     def _initialize_simulation(self):
         spec = mujoco.MjSpec.from_file(self.fullpath)
@@ -618,7 +619,7 @@ class Replay:
             self.begin_episode()
 
     def state(self):
-        rows = [x[self.first : self.size].cpu().clone() for x in self.rows]
+        rows = [x[self.first : self.size].cpu().clone() for x in self.rows]  # not views of all rows
         return {"episodes": self.episodes, "rows": rows}
 
     def restore(self, state):
@@ -646,11 +647,9 @@ def main(args):
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     (state_dim,) = envs[0].observation_space.shape
     (action_dim,) = envs[0].action_space.shape
-    s = next_s = torch.empty(0, state_dim)
-    a = torch.empty(0, action_dim)
-    r = terminated = torch.empty(0)
-    if not args.from_scratch:
-        s, a, r, next_s, terminated = load_dataset(args)
+    shapes = [state_dim], [action_dim], [], [state_dim], []
+    columns = [torch.empty(0, *shape) for shape in shapes] if args.from_scratch else load_dataset(args)
+    s, a, r, next_s, terminated = columns
     with torch.device(device):
         agent = Agent(state_dim, action_dim, args)
     if args.normalize_states:
@@ -663,13 +662,13 @@ def main(args):
     if source:
         checkpoint = torch.load(f"{source}/checkpoint.pt", map_location="cpu")
         learned = checkpoint["step"]
-        online_rows = len(checkpoint["online"]["rows"][0]) if args.resume else 0
+        try:
+            online_rows = len(checkpoint["online"]["rows"][0]) if args.resume else 0
+            agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
+        except (KeyError, RuntimeError):
+            raise ValueError(f"{source} is a run of another script or of another robot") from None
         if learned > total_steps or online_rows != max(0, learned - args.offline_steps):
             raise ValueError(f"{source} has done {learned} steps: give other offline_steps or online_steps")
-        try:
-            agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
-        except RuntimeError:
-            raise ValueError(f"{source} has other networks: of another algorithm or another robot") from None
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
         if checkpoint["origin"] == f"{device}, seed {args.seed}":  # of its random numbers; else new ones
@@ -723,7 +722,7 @@ def main(args):
         evaluate_now = step % args.eval_frequency == 0 or step in (args.offline_steps, total_steps)
         if metrics and (evaluate_now or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
-            # a mean Q beyond ten times any return has diverged; 1000 leaves room for small rewards
+            # a mean Q beyond about ten times any return has diverged; 1000 leaves room for small rewards
             q_limit = 1000 + 10 * replay.rows[2].abs().max() / (1.001 - in_force.gamma)
             if not math.isfinite(sum(logs.values())) or abs(logs.get("losses/q_values", 0)) > q_limit:
                 writer.add_scalar("eval/diverged", 1, step)

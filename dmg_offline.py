@@ -6,8 +6,8 @@ https://arxiv.org/abs/2411.07934
     python dmg_offline.py --env-id walker2d-medium-v2 --lam 0.25    (uv run instead installs its packages)
 
 Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, main. A block headed "the
-same in ..." is shared with the project's other scripts; the rest is DMG.
-The update equals the authors' published code to 1e-13 (float64; tests/test_update.py computes it again).
+same in ..." is shared with the project's other scripts.
+The update equals the authors' published code to 1e-13 (README.md); tests/test_update.py derives it again.
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report the last evaluation: mean and standard deviation over seeds (the printed +- is over episodes).
 """
@@ -42,20 +42,20 @@ from tqdm import tqdm
 
 
 @dataclasses.dataclass
-class Args:  # a number or switch that is None gets its default by the dataset: see __post_init__
+class Args:  # None: the default in the field's comment, by the dataset; see __post_init__
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # by the first dataset's mean and deviation, which --resume keeps
+    normalize_states: bool | None = None  # by mean and deviation of the run's first data; --resume keeps them
     # ---- DMG ----
     gradient_steps: int = 1_000_000  # iterations of the update
     lam: float = 0.25  # mixture coefficient (lambda), in [0, 1]: share of the target that may generalize
-    nu: float | None = None  # penalty coefficient (nu)
-    expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]
+    nu: float | None = None  # penalty coefficient (nu): 0.1, AntMaze 0.5; 10 where a name has the word expert
+    expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]: 0.7, AntMaze 0.9
     in_sample: Literal["iql", "xql", "sql"] = "iql"  # how V learns the in-sample maximum (Table 3)
-    in_sample_temperature: float | None = None  # beta of xql, alpha of sql
-    inverse_temperature: float | None = None  # inverse temperature of the advantage weights (alpha)
-    max_weight: float | None = None  # upper clip of the advantage weights, at least 1
+    in_sample_temperature: float | None = None  # beta of xql, alpha of sql: 5, of sql without expert 2
+    inverse_temperature: float | None = None  # advantage weights' inverse temperature (alpha): 3, AntMaze 10
+    max_weight: float | None = None  # upper clip of the advantage weights, at least 1: 3, AntMaze 100
     policy_frequency: int = 2  # critic updates per update of actor and targets
     policy_noise: float = 0.2  # standard deviation of the target policy's noise; actions are in [-1, 1]
     noise_clip: float = 0.5  # clip of that noise
@@ -65,8 +65,8 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
     learning_rate: float = 3e-4  # Adam's; the actor's falls to 0 by a cosine
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations, each with a checkpoint
-    eval_episodes: int | None = None  # whole episodes per evaluation
+    eval_frequency: int | None = None  # updates between evaluations with a checkpoint: 20k, AntMaze 50k
+    eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
     seed: int = 0  # of networks, batches, noise and evaluation episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
     cuda: bool = True  # train on the GPU if there is one
@@ -92,7 +92,7 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
 
 
 # ---- arguments: the same in all four scripts ----
-def is_antmaze(args):  # antmaze-umaze-v2, D4RL/antmaze/umaze-v1, AntMaze_UMaze-v5; not its dense rewards
+def is_antmaze(args):  # antmaze-umaze-v2, gymnasium_robotics:AntMaze_UMaze-v5; not its dense rewards
     return "antmaze" in re.findall("[a-z]+(?!.*dense)", args.env_id.lower())
 
 
@@ -156,7 +156,7 @@ def minimize(loss, optimizer):
 
 # ---- value loss: the same in dmg_offline.py, dmg_finetune.py and iql.py ----
 def in_sample_value_loss(target_q, v, args):
-    """Loss that draws V(s), (B,), to the maximum of Q'(s, a), (B,), over the data's actions (DMG Eq. 15)."""
+    """Loss that draws V(s), (B,), towards the largest Q'(s, a), (B,), of the data's actions (DMG Eq. 15)."""
     u = target_q - v
     if args.in_sample == "iql":  # expectile
         return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
@@ -198,11 +198,11 @@ class Agent(nn.Module):
 def update(agent, batch, noise, args, update_actor):
     """One iteration of Algorithm 1. noise: (B, action_dim), standard normal. Returns detached scalars.
 
-    CUDA graphs and --compile freeze args' numbers: make one that changes a tensor, and fill_ it in place.
+    CUDA graphs and --compile freeze args' numbers: one that changes must be a tensor, filled in place.
     """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
-    # in-sample maximum (Eq. 15): V(s) tends to the largest Q'(s, a) over the dataset's actions
+    # in-sample maximum (Eq. 15): V(s) is drawn towards the largest Q'(s, a) of the dataset's actions
     with torch.no_grad():
         target_q = agent.critic_target(s, a).amin(0)
     v = agent.value(s)
@@ -403,8 +403,9 @@ class D4RLAntMaze(ant_v5.AntEnv):
 
     def __init__(self, size, **options):
         self.goal_corner, self.map = D4RL_MAZES[size]
-        seen = {"exclude_current_positions_from_observation": False, "include_cfrc_ext_in_observation": False}
-        super().__init__(**seen, **options)
+        super().__init__(
+            exclude_current_positions_from_observation=False, include_cfrc_ext_in_observation=False, **options
+        )
 
     def _initialize_simulation(self):
         spec = mujoco.MjSpec.from_file(self.fullpath)
@@ -546,7 +547,7 @@ def main(args):
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     s, a, r, next_s, terminated = load_dataset(args)
     rows, action_dim = a.shape
-    q_limit = 1000 + 10 * r.abs().max().item() / (1.001 - args.gamma)  # ten times any return, and 1000
+    q_limit = 1000 + 10 * r.abs().max().item() / (1.001 - args.gamma)  # about ten times any return, and 1000
     with torch.device(device):
         agent = Agent(s.shape[1], action_dim, args)
     if args.normalize_states:
@@ -557,8 +558,8 @@ def main(args):
     if args.resume:
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu")
         first_step = checkpoint["step"] + 1
-        if first_step > args.gradient_steps + 1:
-            raise ValueError(f"{args.resume} has done {checkpoint['step']} steps, more than gradient_steps")
+        if first_step > args.gradient_steps + 1 or "online" in checkpoint:
+            raise ValueError(f"{args.resume} is at step {first_step - 1}: above gradient_steps, or online")
         agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate

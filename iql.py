@@ -42,18 +42,18 @@ from tqdm import tqdm
 
 
 @dataclasses.dataclass
-class Args:  # a number or switch that is None gets its default by the dataset: see __post_init__
+class Args:  # None: the default in the field's comment, by the dataset; see __post_init__
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # by the first dataset's mean and deviation, which --resume keeps
+    normalize_states: bool | None = None  # by mean and deviation of the run's first data; --resume keeps them
     # ---- IQL ----
     gradient_steps: int = 1_000_000  # iterations of the update on the dataset
     online_steps: int = 0  # environment steps after that, each with an update
-    expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]
+    expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]: 0.7, AntMaze 0.9
     in_sample: Literal["iql", "xql", "sql"] = "iql"  # how V learns the in-sample maximum
-    in_sample_temperature: float | None = None  # beta of xql, alpha of sql
-    inverse_temperature: float | None = None  # inverse temperature of the advantage weights (beta)
+    in_sample_temperature: float | None = None  # beta of xql, alpha of sql: 2 and 1, AntMaze 0.6 and 0.1
+    inverse_temperature: float | None = None  # advantage weights' inverse temperature (beta): 3, AntMaze 10
     max_weight: float = 100.0  # upper clip of the advantage weights, at least 1
     gamma: float = 0.99  # discount factor (gamma), in [0, 1]
     target_update_rate: float = 0.005  # Polyak rate of the target critic (alpha), in [0, 1]
@@ -61,8 +61,8 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
     learning_rate: float = 3e-4  # Adam's; the actor's falls to 0 by a cosine if online_steps is 0
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations, each with a checkpoint
-    eval_episodes: int | None = None  # whole episodes per evaluation
+    eval_frequency: int | None = None  # updates between evaluations with a checkpoint: 20k, AntMaze 50k
+    eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
     seed: int = 0  # of networks, batches, noise and evaluation episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
     cuda: bool = True  # train on the GPU if there is one
@@ -87,7 +87,7 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
 
 
 # ---- arguments: the same in all four scripts ----
-def is_antmaze(args):  # antmaze-umaze-v2, D4RL/antmaze/umaze-v1, AntMaze_UMaze-v5; not its dense rewards
+def is_antmaze(args):  # antmaze-umaze-v2, gymnasium_robotics:AntMaze_UMaze-v5; not its dense rewards
     return "antmaze" in re.findall("[a-z]+(?!.*dense)", args.env_id.lower())
 
 
@@ -151,7 +151,7 @@ def minimize(loss, optimizer):
 
 # ---- value loss: the same in dmg_offline.py, dmg_finetune.py and iql.py ----
 def in_sample_value_loss(target_q, v, args):
-    """Loss that draws V(s), (B,), to the maximum of Q'(s, a), (B,), over the data's actions (DMG Eq. 15)."""
+    """Loss that draws V(s), (B,), towards the largest Q'(s, a), (B,), of the data's actions (DMG Eq. 15)."""
     u = target_q - v
     if args.in_sample == "iql":  # expectile
         return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
@@ -433,8 +433,9 @@ class D4RLAntMaze(ant_v5.AntEnv):
 
     def __init__(self, size, **options):
         self.goal_corner, self.map = D4RL_MAZES[size]
-        seen = {"exclude_current_positions_from_observation": False, "include_cfrc_ext_in_observation": False}
-        super().__init__(**seen, **options)
+        super().__init__(
+            exclude_current_positions_from_observation=False, include_cfrc_ext_in_observation=False, **options
+        )
 
     def _initialize_simulation(self):
         spec = mujoco.MjSpec.from_file(self.fullpath)
@@ -595,7 +596,7 @@ class Replay:
             self.begin_episode()
 
     def state(self):
-        rows = [x[self.first : self.size].cpu().clone() for x in self.rows]
+        rows = [x[self.first : self.size].cpu().clone() for x in self.rows]  # not views of all rows
         return {"episodes": self.episodes, "rows": rows}
 
     def restore(self, state):

@@ -41,11 +41,11 @@ from tqdm import tqdm
 
 
 @dataclasses.dataclass
-class Args:  # a number or switch that is None gets its default by the dataset: see __post_init__
+class Args:  # None: the default in the field's comment, by the dataset; see __post_init__
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # by the first dataset's mean and deviation, which --resume keeps
+    normalize_states: bool | None = None  # by mean and deviation of the run's first data; --resume keeps them
     # ---- TD3+BC ----
     gradient_steps: int = 1_000_000  # iterations of the update
     alpha: float = 2.5  # weight of Q / mean|Q| beside the behavior cloning term (alpha)
@@ -58,8 +58,8 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
     learning_rate: float = 3e-4  # Adam's
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations, each with a checkpoint
-    eval_episodes: int | None = None  # whole episodes per evaluation
+    eval_frequency: int | None = None  # updates between evaluations with a checkpoint: 20k, AntMaze 50k
+    eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
     seed: int = 0  # of networks, batches, noise and evaluation episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
     cuda: bool = True  # train on the GPU if there is one
@@ -79,7 +79,7 @@ class Args:  # a number or switch that is None gets its default by the dataset: 
 
 
 # ---- arguments: the same in all four scripts ----
-def is_antmaze(args):  # antmaze-umaze-v2, D4RL/antmaze/umaze-v1, AntMaze_UMaze-v5; not its dense rewards
+def is_antmaze(args):  # antmaze-umaze-v2, gymnasium_robotics:AntMaze_UMaze-v5; not its dense rewards
     return "antmaze" in re.findall("[a-z]+(?!.*dense)", args.env_id.lower())
 
 
@@ -170,7 +170,7 @@ class Agent(nn.Module):
 def update(agent, batch, noise, args, update_actor):
     """One iteration of TD3+BC. noise: (B, action_dim), standard normal. Returns detached scalars.
 
-    CUDA graphs and --compile freeze args' numbers: make one that changes a tensor, and fill_ it in place.
+    CUDA graphs and --compile freeze args' numbers: one that changes must be a tensor, filled in place.
     """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
@@ -355,8 +355,9 @@ class D4RLAntMaze(ant_v5.AntEnv):
 
     def __init__(self, size, **options):
         self.goal_corner, self.map = D4RL_MAZES[size]
-        seen = {"exclude_current_positions_from_observation": False, "include_cfrc_ext_in_observation": False}
-        super().__init__(**seen, **options)
+        super().__init__(
+            exclude_current_positions_from_observation=False, include_cfrc_ext_in_observation=False, **options
+        )
 
     def _initialize_simulation(self):
         spec = mujoco.MjSpec.from_file(self.fullpath)

@@ -186,10 +186,10 @@ def test_what_cannot_work_is_refused_before_anything_is_written():
     for settings, late in ((PENDULUM, 50), (HOPPER, 60), (HOPPER, 61)):
         assert "learning_starts" in refusal(lambda x=settings | {"learning_starts": late}: Args(**x))
         Args(**settings | {"learning_starts": late - 2, "online_steps": late - 1})
-    assert "is no run with a checkpoint" in refusal(lambda: dmg_finetune.checkpoint_args("nowhere"))
+    assert "is no run with a checkpoint" in refusal(lambda: Args(checkpoint="nowhere"))
     walker = {"env_id": "Walker2d-v4", "dataset_path": "walker.hdf5"}
-    others = [(str(run(script, **DATA, gradient_steps=2)), {}) for script in (iql, td3bc)]
-    for folder, changes in [*others, (offline_folder(), walker), (offline_folder(), {"offline_steps": 50})]:
-        vars(args := checkpoint_args(folder)).update(changes)
-        sentence = refusal(main, args)
-        assert folder in sentence and ("51 steps" in sentence) == ("offline_steps" in changes)
+    runs = [str(run(script, **DATA, gradient_steps=2)) for script in (iql, td3bc)] + 3 * [offline_folder()]
+    for folder, new in zip(runs, ({}, {}, walker, {"offline_steps": 50}, {"resume": runs[2]}), strict=True):
+        vars(args := checkpoint_args(folder)).update(new)
+        assert folder in (said := refusal(main, args)) and ("51 steps" in said) == ("offline_steps" in new)
+    assert "or online" in refusal(dmg_offline.main, dmg_offline.Args(**FEW, resume=str(run(**HOPPER))))
