@@ -563,12 +563,12 @@ def accelerate(agent, args):
         learn = torch.compile(learn, fullgraph=True)
     if not (agent.mean.is_cuda and args.cudagraphs):
         return learn
-    warm_up = [True, False] * 5  # calls that are not recorded: they load libraries and make Adam's state
+    calls = [0, 0]  # without and with the actor's update
     graphs = {}
 
     def replay(batch, noise, update_actor):
-        if update_actor in warm_up:
-            warm_up.remove(update_actor)
+        calls[update_actor] += 1
+        if calls[update_actor] < 6:  # the first ones load libraries and make Adam's state
             return learn(batch, noise, update_actor)
         if update_actor not in graphs:
             inputs = copy.deepcopy([*batch, noise])
