@@ -6,8 +6,8 @@ https://arxiv.org/abs/2110.06169
     python iql.py --env-id walker2d-medium-v2    (uv run iql.py installs what is listed at the end)
 
 Arguments, networks, update, data, environments, evaluation, speed, replay, main. A block headed "the same in
-..." is shared with the project's other scripts; the rest is IQL.
-The update equals the authors' published code to 1e-13 (float64; tests/test_relatives.py computes it again).
+..." is shared with the project's other scripts.
+The update equals the authors' published code to 1e-13 (README.md); tests/test_relatives.py derives it again.
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report the last evaluation: mean and standard deviation over seeds (the printed +- is over episodes).
 """
@@ -50,10 +50,10 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     # ---- IQL ----
     gradient_steps: int = 1_000_000  # iterations of the update on the dataset
     online_steps: int = 0  # environment steps after that, each with an update
-    expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]: 0.7, AntMaze 0.9
-    in_sample: Literal["iql", "xql", "sql"] = "iql"  # how V learns the in-sample maximum
-    in_sample_temperature: float | None = None  # beta of xql, alpha of sql: 2 and 1, AntMaze 0.6 and 0.1
-    inverse_temperature: float | None = None  # advantage weights' inverse temperature (beta): 3, AntMaze 10
+    expectile: float | None = None  # expectile of iql's in-sample maximum (tau), in [0, 1]: 0.7, AntMaze 0.9
+    in_sample: Literal["iql", "xql", "sql"] = "iql"  # how V learns the in-sample maximum; sql: own weights
+    in_sample_temperature: float | None = None  # xql's beta: 2, AntMaze 0.6; sql's alpha: 1, AntMaze 0.1
+    inverse_temperature: float | None = None  # advantage weights' (beta), sql has none: 3, AntMaze 10
     max_weight: float = 100.0  # upper clip of the advantage weights, at least 1
     gamma: float = 0.99  # discount factor (gamma), in [0, 1]
     target_update_rate: float = 0.005  # Polyak rate of the target critic (alpha), in [0, 1]
@@ -177,15 +177,16 @@ class GaussianActor(nn.Module):
 
 
 class Agent(nn.Module):
-    """The networks of IQL, orthogonally initialized, their optimizers, and what normalizes states."""
+    """The networks of IQL, orthogonally initialized, their optimizers, and what scales states and rewards."""
 
     def __init__(self, state_dim, action_dim, args):
         super().__init__()
         self.actor = GaussianActor(state_dim, action_dim)
         self.critic = TwinCritic(state_dim, action_dim)
         self.value = nn.Sequential(mlp(state_dim, 1), nn.Flatten(0))  # (B, state) -> (B,)
-        if args.in_sample != "iql":  # XQL's and SQL's, with their epsilon
-            for position in (3, 1):
+        if args.in_sample != "iql":  # XQL's and SQL's: before each ReLU, with their epsilon
+            relus = [k for k, layer in enumerate(self.value[0]) if isinstance(layer, nn.ReLU)]
+            for position in relus[::-1]:
                 self.value[0].insert(position, nn.LayerNorm(256, 1e-6))
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -194,6 +195,7 @@ class Agent(nn.Module):
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(state_dim))
         self.register_buffer("std", torch.ones(state_dim))
+        self.register_buffer("reward_scale", torch.ones(()))
         self.actor_optimizer = adam(self.actor, args)
         self.critic_optimizer = adam(self.critic, args)
         self.value_optimizer = adam(self.value, args)
@@ -218,7 +220,7 @@ class Agent(nn.Module):
 def update(agent, batch, args):
     """One iteration of IQL. Returns detached scalars.
 
-    CUDA graphs and --compile freeze args' numbers: make one that changes a tensor, and fill_ it in place.
+    CUDA graphs and --compile freeze args' numbers: one that changes must be a tensor, filled in place.
     """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
@@ -250,8 +252,7 @@ def update(agent, batch, args):
 
     # target critic
     with torch.no_grad():
-        parameters = zip(agent.critic.parameters(), agent.critic_target.parameters())
-        for parameter, target_parameter in parameters:
+        for parameter, target_parameter in zip(agent.critic.parameters(), agent.critic_target.parameters()):
             target_parameter.lerp_(parameter, args.target_update_rate)
     metrics = {"value_loss": value_loss, "critic_loss": critic_loss, "actor_loss": actor_loss}
     metrics |= {"q_values": q.mean(), "v_values": v.mean(), "advantage_weight": weight.mean()}
@@ -266,14 +267,14 @@ def actor_learning_rate(step, args):
 
 
 def reward_scale(s, r, next_s, terminated, args):
-    """1000 / (largest - smallest return) of trajectories; one ends where the next row begins elsewhere."""
+    """1000 / (largest - smallest return) of trajectories; one ends at a terminal or a jump."""
     if is_antmaze(args):
         return 1.0
     ends = terminated == 1
     ends[:-1] |= (s[1:] - next_s[:-1]).norm(dim=1) > 1e-6
     ends[-1] = True
-    if (ends & (terminated == 0)).float().mean() > 0.5:
-        raise ValueError("IQL scales rewards by the returns of episodes: put the rows in the order of time")
+    if (ends & (terminated == 0)).float().mean() > 0.05:
+        raise ValueError("IQL scales rewards by the returns of episodes: give all rows, in the order of time")
     totals = r.double().cumsum(0)[ends]
     returns = totals.diff(prepend=totals.new_zeros(1))
     spread = (returns.max() - returns.min()).item()
@@ -623,26 +624,26 @@ def main(args):
 
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     s, a, r, next_s, terminated = load_dataset(args)
-    scale = reward_scale(s, r, next_s, terminated, args)
-    print(f"rewards are multiplied by {scale:.4g}")  # the online ones too
     with torch.device(device):
         agent = Agent(s.shape[1], a.shape[1], args)
     if args.normalize_states:
         std, mean = torch.std_mean(s.double(), 0, correction=0)
         agent.mean.copy_(mean)
         agent.std.copy_(std + 1e-3)
+    agent.reward_scale.fill_(reward_scale(s, r, next_s, terminated, args))
     first_step, total_steps = 0, args.gradient_steps + args.online_steps
     if args.resume:
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu")
         steps, online_rows = checkpoint["step"], len(checkpoint["online"]["rows"][0])
         if steps > total_steps or online_rows != max(0, steps - args.gradient_steps):
-            raise ValueError(f"{args.resume} has done {steps} steps, {online_rows} online: these do not fit")
+            raise ValueError(f"{args.resume} has done {steps} steps, {online_rows} online: not these flags'")
         first_step = steps + 1
-        agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
+        agent.load_state_dict(checkpoint["agent"])  # with the mean, std and scale that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
         if checkpoint["origin"] == f"{device}, seed {args.seed}":  # of its random numbers; else new ones
             device_module.set_rng_state(checkpoint["random"])
+    print(f"rewards are multiplied by {agent.reward_scale:.4g}")  # the online ones too
     dataset = agent.normalize(s), a.clamp(-0.99999, 0.99999), r, agent.normalize(next_s), terminated
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:
@@ -679,13 +680,13 @@ def main(args):
             agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
             index = torch.randint(replay.size, [args.batch_size], device=device)
             s, a, r, next_s, terminated = (x.index_select(0, index) for x in replay.rows)
-            metrics = learn([s, a, scale * r, next_s, terminated])
+            metrics = learn([s, a, agent.reward_scale * r, next_s, terminated])
 
         evaluate_now = step % args.eval_frequency == 0 or step in (args.gradient_steps, total_steps)
         if metrics and (evaluate_now or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
-            # a mean Q beyond ten times any return has diverged; 1000 leaves room for small rewards
-            q_limit = 1000 + 10 * scale * replay.rows[2].abs().max().item() / (1.001 - args.gamma)
+            # a mean Q beyond about ten times any return has diverged; 1000 leaves room for small rewards
+            q_limit = 1000 + 10 * agent.reward_scale * replay.rows[2].abs().max() / (1.001 - args.gamma)
             if not math.isfinite(sum(logs.values())) or abs(logs.get("losses/q_values", 0)) > q_limit:
                 writer.add_scalar("eval/diverged", 1, step)
                 writer.close()

@@ -6,8 +6,8 @@ https://arxiv.org/abs/2106.06860
     python td3bc.py --env-id walker2d-medium-v2    (uv run td3bc.py installs what is listed at the end)
 
 Arguments, networks, update, data, environments, evaluation, speed, main. A block headed "the same in ..." is
-shared with the project's other scripts; the rest is TD3+BC.
-The update equals the authors' published code to 1e-13 (float64; tests/test_relatives.py computes it again).
+shared with the project's other scripts.
+The update equals the authors' published code to 1e-13 (README.md); tests/test_update.py derives it again.
 The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report a run's last evaluation, mean and deviation over seeds (the paper: its last ten, every 5,000 steps).
 """

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 PAPER = pd.read_csv(Path(__file__).with_name("paper.csv"))
 D4RL = [name for name in PAPER.env_id[PAPER.table == 6] if name.endswith("-v2")]
+D4RL += [f"{robot}-full-replay-v2" for robot in ("halfcheetah", "hopper", "walker2d")]
 SCRIPTS = {"offline_steps": "dmg_finetune", "online_steps": "iql", "lam": "dmg_offline"}  # by an argument
 CELL = ["algorithm", "script", "env_id", "dataset", "lam", "nu", "gradient_steps", "online_steps", "flags"]
 RUN = [*CELL, "seed", "run"]
@@ -23,7 +24,7 @@ ASIDE = {*CELL, *ASIDE.split()}
 
 
 def is_antmaze(env_id):
-    return "antmaze" in re.findall("[a-z]+", env_id.lower())
+    return "antmaze" in re.findall("[a-z]+(?!.*dense)", env_id.lower())  # as the scripts
 
 
 def algorithm(args, script):
@@ -143,10 +144,11 @@ def summarise_runs(data):
 
 
 def paper_values(cell):
-    """The numbers of App. C.1 and of TD3+BC's paper that are likely to be changed."""
+    """The numbers of App. C.1 and of TD3+BC's paper that are likely to be changed; of TD3 none."""
+    if not cell.gradient_steps:
+        return {}
     words = re.findall("[a-z]+", f"{cell.env_id} {Path(cell.dataset).name}".lower())
-    robots_nu = 10.0 if "expert" in words else 0.1
-    nu, expectile = (0.5, 0.9) if is_antmaze(cell.env_id) else (robots_nu, 0.7)
+    nu, expectile = (0.5, 0.9) if is_antmaze(cell.env_id) else (10.0 if "expert" in words else 0.1, 0.7)
     return {"lam": 0.25, "nu": nu, "expectile": expectile, "gamma": 0.99, "alpha": 2.5, "learning_rate": 3e-4}
 
 
@@ -164,9 +166,10 @@ def settings(cell, first):
 
 
 def counted(runs):
-    """Those of a cell's runs that its mean is of: the finished ones, where none has, the unfinished."""
+    """Those of a cell's runs that its mean is of: the finished, or the furthest unfinished."""
     finished = runs[runs.state == "finished"]
-    return finished if len(finished) else runs[(runs.state == "unfinished") & runs.score.notna()]
+    unfinished = runs[(runs.state == "unfinished") & runs.score.notna()]
+    return finished if len(finished) else unfinished[unfinished.step == unfinished.step.max()]
 
 
 def summarise_cells(runs):

@@ -58,7 +58,7 @@ def score_text(cell, mean="mean", std="std"):
     if not np.isnan(cell[std]):
         number += f" ± {cell[std]:.1f}"
     notes = ["1 seed" if cell.n == 1 else f"{cell.n} seeds"]
-    if cell.n and cell.step != cell.length + cell.online_steps:
+    if cell.n and (cell["data"] == "D4RL made again" or cell.step != cell.length + cell.online_steps):
         steps = cell.gradient_steps if mean == "handed_over" else cell.step
         notes.append(f"after {steps:,.0f} steps")
     if cell.unfinished and not cell.step < cell.gradient_steps + cell.online_steps:
@@ -205,10 +205,7 @@ def report(args):
     styles = styles_of(cells)
     args.folder.mkdir(parents=True, exist_ok=True)
     data.to_csv(args.folder / "evaluations.csv", index=False)
-    text = [
-        "# Report\n",
-        "Last score and curve: mean ± sample deviation over seeds; a cross: one diverged.\n",
-    ]
+    text = ["# Report\n", "Last score, curve: mean ± sample deviation over seeds; a cross: one diverged.\n"]
     text.append("A row or curve with settings: what differs from the one without them, or from App. C.1.\n")
     for (kind, steps, online), part in cells.groupby(["data", "length", "online_steps"]):
         title = kind + f", {steps:,.0f} gradient steps" * bool(steps)

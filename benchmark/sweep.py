@@ -65,11 +65,9 @@ class Run:
     def state(self):
         if not self.attempts:
             return "not begun"
-        last = self.attempts[-1]
-        code = last["exit_code"]
-        return (
-            STATES.get(code) or (code == 1 and ERRORS.get(last["error"].split(":")[0])) or f"failed ({code})"
-        )
+        code, error = self.attempts[-1]["exit_code"], self.attempts[-1].get("error") or ""
+        known = code == 1 and "cannot download" not in error and ERRORS.get(error.split(":")[0])
+        return STATES.get(code) or known or f"failed ({code})"
 
     @property
     def progress(self):

@@ -71,6 +71,7 @@ def jax_learner(data):
     import jax
     from jax_dmg import start, train
 
+    jax.config.update("jax_default_device", jax.devices("gpu" if data[0].is_cuda else "cpu")[0])  # or fails
     arrays = [jax.numpy.asarray(x.cpu().numpy()) for x in data]
     state = list(start(jax.random.key(0), STATE, ACTION))
 

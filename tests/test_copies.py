@@ -87,6 +87,13 @@ def test_a_layernorm_and_dropout_and_a_metric_less(changed):
     assert [type(x).__name__ for x in layers[:4]] == ["Linear", "LayerNorm", "Dropout", "ReLU"]
 
 
+def test_layernorms_of_xql_and_sql_stand_before_each_relu_of_another_mlp(changed):
+    module = changed(LAYERS, script="iql")
+    layers = [type(x).__name__ for x in module.Agent(2, 1, module.Args(in_sample="xql")).value[0]]
+    first = ["Linear", "LayerNorm", "Dropout", "LayerNorm", "ReLU"]
+    assert layers == [*first, "Linear", "LayerNorm", "ReLU", "Linear"]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_adamw_and_gradient_clipping(changed, compiled):
     write_hdf5("x.hdf5", (x := d4rl_arrays(60, 2, 1)) | {"rewards": 100 * x["rewards"]})

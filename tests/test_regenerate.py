@@ -54,6 +54,19 @@ def test_cells_are_those_of_d4rl_and_waypoints_lead_along_the_u():
     assert (places >= [4, 0]).all() and (places < [5, 1]).all() and len(set(places[:, 0])) == 50
 
 
+def test_actions_are_sampled_from_the_policy_and_a_mazes_have_noise_of_a_fifth(policies):
+    w, h = weights(11, 3), np.random.default_rng(1).normal(size=(5000, 11))
+    x, linear = h, lambda name, h: h @ w[f"{name}__weight"].T + w[f"{name}__bias"]
+    h = linear("fc1", linear("fc0", h).clip(0)).clip(0)
+    z = np.arctanh(d4rl.sample(w, x, np.random.default_rng(0))) - linear("last_fc", h)
+    z /= np.exp(linear("last_fc_log_std", h).clip(-20, 2))
+    assert abs(z.mean()) < 0.03 and z.std() == pytest.approx(1, rel=0.03)
+    still = {name: 0 * x for name, x in weights(29, 8).items()} | {"last_fc_log_std__bias": np.full(8, -20.0)}
+    np.savez(policies / "ant_goal.npz", **still)
+    actions = regenerate("antmaze-umaze-v2", policies, steps=500)["actions"]
+    assert abs(actions.mean()) < 0.02 and actions.std() == pytest.approx(0.2, rel=0.05)
+
+
 @pytest.mark.parametrize("kind", GOALS)
 def test_starts_goals_and_the_rewarded_goal_are_d4rls_and_the_ant_is_the_evaluations(kind, policies):
     name, starts, goals = f"antmaze-{kind}-v2", set(), set()

@@ -103,28 +103,31 @@ def test_defaults_of_iql_are_the_published_ones():
 
 
 def test_reward_scale_splits_trajectories_where_they_end():
-    s, r = torch.arange(5.0)[:, None], torch.tensor([1.0, 2, 4, 8, 17])
+    s, r = torch.arange(50.0)[:, None], torch.tensor([1.0, 2, 4, 8, 17] + 45 * [0])
     scale = lambda s2, terminated: iql.reward_scale(s, r, s2, terminated, iql.Args())  # noqa: E731
-    jump, ended, never = torch.tensor([0, 0, 9.0, 0, 0])[:, None], torch.eye(5)[1], torch.zeros(5)
+    jump, ended, never = 9 * torch.eye(50)[2][:, None], torch.eye(50)[1], torch.zeros(50)
     assert scale(s + 1 + jump, never) == pytest.approx(1000 / 18)  # 1 + 2 + 4, 8 + 17
     assert scale(s + 1, ended) == pytest.approx(1000 / 26)  # 1 + 2, 4 + 8 + 17: without a jump
     assert scale(s + 1, never) == 1  # one trajectory has no spread
-    assert "order of time" in refusal(scale, s + 2, never)  # shuffled rows
+    assert "order of time" in refusal(scale, s + 1 + 9 * (s % 17 == 5), never)  # every 17th row is missing
 
 
 def test_rewards_are_not_scaled_where_returns_differ_by_rounding_alone(capsys):
     """Ten demonstrations of one return, rounded to float32; then one of them is better."""
-    r = np.pad(np.random.default_rng(0).normal(size=(10, 19)), ((0, 0), (0, 1)))  # the last row is dropped
+    r = np.pad(np.random.default_rng(0).normal(size=(10, 24)), ((0, 0), (0, 1)))  # the last row is dropped
     r[:, 0] += 7 - r.sum(1)
     assert 0 < np.ptp(r.astype(np.float32).sum(1, dtype=float)) < 1e-5
     for scale in ("1", "5000"):
-        arrays = d4rl_arrays(200) | {"terminals": np.zeros(200), "timeouts": np.arange(200) % 20 == 19}
+        arrays = d4rl_arrays(250) | {"terminals": np.zeros(250), "timeouts": np.arange(250) % 25 == 24}
         write_hdf5("same.hdf5", arrays | {"rewards": np.float32(r.ravel())})
-        _, seen = spied(iql, run, iql, **DATA | {"dataset_path": "same.hdf5", "gradient_steps": 4})
+        folder, seen = spied(iql, run, iql, **DATA | {"dataset_path": "same.hdf5", "gradient_steps": 4})
         assert f"rewards are multiplied by {scale}\n" in capsys.readouterr().out
         for k, (*_, rates) in enumerate(seen):  # the actor's alone is a cosine where no online steps follow
             assert rates == pytest.approx([1.5e-4 * (1 + math.cos(math.pi * k / 4)), 3e-4, 3e-4], rel=1e-5)
         r[3, 5] += 0.2
+    write_hdf5("same.hdf5", arrays | {"rewards": np.float32(2 * r.ravel())})
+    run(iql, resume=folder, gradient_steps=6)
+    assert "rewards are multiplied by 5000\n" in capsys.readouterr().out  # the scale that its networks know
 
 
 @functools.cache

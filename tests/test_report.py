@@ -43,12 +43,15 @@ def by_hand(tmp_path_factory):
         runs += [a_run(0, {MILLION: 73.0 + k}, algorithm="ours", script=script)]
     again = {"env_id": "antmaze-umaze-v2", "dataset": "umaze.hdf5", "nu": 0.5}
     runs += [a_run(0, {50_000: 15.0, 350_000: 96.0}, **again), a_run(0, {10: 1.0}, steps=10, **again)]
+    runs += [a_run(1, {50_000: 10.0}, **again)]  # less far: not in the mean
     iql = again | {"algorithm": "IQL", "steps": 500_000, "nu": np.nan}
     runs += [a_run(0, {500_000: 97.0}, **iql), a_run(1, {50_000: 1.0}, **iql)]
     runs += [a_run(0, {500_000: None}, **again | {"algorithm": "TD3+BC", "nu": np.nan})]
     online = {"env_id": "antmaze-umaze-v2", "online": MILLION, "nu": 0.5, "script": "dmg_finetune.py's"}
     runs += [a_run(s, {MILLION: 90.0 + s, 2 * MILLION: 95.0 + s}, **online) for s in (0, 1)]
     runs += [a_run(0, {500: 41.0, 600: 65.0}, steps=500, **online | again | {"online": 100})]
+    runs += [a_run(0, {MILLION: 80.0}, **online | again)]  # at the hand-over
+    runs += [a_run(0, {MILLION: 5.0}, steps=0, **online | {"algorithm": "TD3", "lam": 1.0, "nu": 0.0})]
     runs += [a_run(0, {10: np.nan}, env_id="Ant-v5", steps=10, return_mean=3000.0, lam=0.5)]
     folder, figures = tmp_path_factory.mktemp("report"), {}
     data = pd.DataFrame([row for rows in runs for row in rows]).reindex(columns=COLUMNS)
@@ -68,6 +71,7 @@ def test_cells_are_means_of_finished_seeds_beside_the_papers_score(by_hand):
     assert f"| hopper-medium-v2 | {dmg} {others}" in text and "DMG (script" not in text
     row = "| antmaze-umaze-v2 | 90.5 ± 0.7 (2 seeds) | 92.4 | 95.5 ± 0.7 (2 seeds) | 93.4 |"
     assert row in text and "| Ant-v5 lam=0.5 | 3000.0 (1 seed, raw) |" in text
+    assert "| antmaze-umaze-v2 | 5.0 (1 seed) | 0.0 |" in text  # TD3's lam 1 and nu 0 are its own
     # other settings have rows of their own, without the paper's score
     found = re.findall(r"^\| hopper-medium-v2(.*)", text.split("## Everything")[0], re.M)
     gamma, lam = (row.replace("|  ", "") for row in found[1:])
@@ -83,6 +87,8 @@ def test_d4rl_made_again_has_tables_of_its_own_whose_heading_names_the_original(
     assert f"| antmaze-umaze-v2 (umaze.hdf5) | {ours} - (0 seeds, 1 diverged) | 73.0 |" in part
     tuned = "| 41.0 (1 seed, after 500 steps) | 92.4 | 65.0 (1 seed, after 600 steps) | 93.4 |"
     assert "## D4RL made again, 100 online steps\n" in by_hand[0] and tuned in by_hand[0]
+    early = "80.0 (1 seed, after 1,000,000 steps)"
+    assert f"| {early} | 92.4 | {early} | 93.4 |" in by_hand[0]
     assert part.count("umaze-v2") == 2 and "| antmaze-umaze-v2 (umaze.hdf5) steps=10 | 1.0 (" in part
     assert "interquartile mean (%)" in by_hand[0] and "interquartile mean (%)" not in part  # of two seeds
 
@@ -126,6 +132,8 @@ def test_run_folders_and_kept_copies_of_them_become_the_same_rows(tmp_path, monk
     assert "eval.csv is no folder of runs" in refusal(evaluations.collect, [good / "eval.csv"])
     steps = {name: rows.step.tolist() for name, rows in data.groupby("dataset")}
     assert steps == {"good.hdf5": [0, 10, 20], "bad.hdf5": [0, 10]} and set(data.algorithm) == {"DMG"}
+    flags = set(data["flags"].iloc[0].split())
+    assert flags >= {"gamma=0.99", "batch_size=8"} and not flags & {"compile=False", "lam=0.25"}
     runs = evaluations.summarise_runs(data).set_index("dataset")
     assert runs.state.to_dict() == {"good.hdf5": "finished", "bad.hdf5": "diverged"}
     assert runs.steps_per_second["good.hdf5"] > 0 and not np.isnan(runs.q_values["good.hdf5"])
@@ -161,7 +169,10 @@ def test_run_folders_and_kept_copies_of_them_become_the_same_rows(tmp_path, monk
 
 def test_the_committed_results_are_readable_and_wrong_input_is_a_sentence(tmp_path):
     data = evaluations.collect([Path(report.__file__).with_name("results") / "d4rl_made_again"])
-    assert set(data.algorithm) <= set(report.STYLES) and (data.dataset != "").all()
+    names = {"dmg": "DMG", "iql": "IQL", "td3bc": "TD3+BC"}
+    expected = [names[re.search("dmg|td3bc|iql", run)[0]] for run in data.run]
+    assert data.algorithm.tolist() == expected and (data.dataset != "").all()
+    assert evaluations.kind_of(pd.Series({"env_id": "hopper-full-replay-v2", "dataset": ""})) == "D4RL v2"
     assert "nowhere is no folder of runs" in refusal(evaluations.collect, [Path("nowhere")])
     (tmp_path / "args.json").write_text("{}")
     assert "no run of these scripts" in refusal(evaluations.collect, [tmp_path])

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from types import SimpleNamespace
 
+import plain_dmg
 import pytest
 import torch
 from conftest import same
@@ -106,6 +107,21 @@ def test_a_cuda_graph_is_captured_after_plain_steps_of_its_kind_and_then_replaye
     for x in inputs:
         script.accelerate(on_gpu, args)(*x)
     assert seen == 20 * ["plain"]
+
+
+def test_the_plain_dmg_that_speed_is_compared_with_is_dmg():
+    agent, args = learner(dmg_offline)
+    plain = plain_dmg.PlainDMG(STATE, ACTION)
+    nets = [agent.actor, agent.value, agent.critic, agent.actor_target, agent.critic_target]
+    theirs = [plain.actor, plain.value, plain.critic, plain.actor_target, plain.critic_target]
+    for net, other in zip(nets, theirs, strict=True):
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            q.data.copy_(p)
+    for k in range(20):
+        dmg_offline.update(agent, *given(dmg_offline, k)[:2], args, k % 2 == 1)
+        plain.update(*given(dmg_offline, k))
+    for net, other in zip(nets, theirs, strict=True):
+        torch.testing.assert_close([*net.parameters()], [*other.parameters()], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

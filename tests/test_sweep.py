@@ -29,7 +29,7 @@ def start(tmp_path, *flags):
 
 
 def wait_for(condition):
-    tries = (condition() or time.sleep(0.1) for _ in range(900))
+    tries = (condition() or time.sleep(0.1) for _ in range(3000))
     return next(filter(None, tries))
 
 
@@ -97,6 +97,8 @@ def test_an_attempt_finds_the_bundled_set_and_refuses_a_changed_script(tmp_path,
         code = -9 if "-9" in state else 1  # killed, whatever it printed
         left.record([{"exit_code": code, "error": sweep.error_in(f"12 % done\n{error}: x\nwandb: sent\n")}])
         assert left.state == state
+    left.record([{"exit_code": 1, "error": "ValueError: cannot download http://x (timed out): put"}])
+    assert left.state == "failed (1)"  # is retried
 
 
 def test_a_node_is_killed_in_the_middle_and_nothing_is_lost(tmp_path):
