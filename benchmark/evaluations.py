@@ -144,12 +144,14 @@ def summarise_runs(data):
 
 
 def paper_values(cell):
-    """The numbers of App. C.1 and of TD3+BC's paper that are likely to be changed; of TD3 none."""
-    if not cell.gradient_steps:
-        return {}
+    """The numbers of App. C.1 and of TD3+BC's paper that are likely to be changed."""
     words = re.findall("[a-z]+", f"{cell.env_id} {Path(cell.dataset).name}".lower())
-    nu, expectile = (0.5, 0.9) if is_antmaze(cell.env_id) else (10.0 if "expert" in words else 0.1, 0.7)
-    return {"lam": 0.25, "nu": nu, "expectile": expectile, "gamma": 0.99, "alpha": 2.5, "learning_rate": 3e-4}
+    found = {"nu": 10 if "expert" in words else 0.1, "expectile": 0.7, "inverse_temperature": 3.0}
+    if is_antmaze(cell.env_id):
+        found |= {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0}
+    found |= {"lam": 0.25, "alpha": 2.5, "gamma": 0.99, "learning_rate": 3e-4, "batch_size": 256}
+    found |= {"policy_frequency": 2, "policy_noise": 0.2, "noise_clip": 0.5, "target_update_rate": 0.005}
+    return found if cell.gradient_steps else {}  # TD3 from scratch has its own
 
 
 def settings(cell, first):
@@ -160,9 +162,8 @@ def settings(cell, first):
         return found | {name: f"{x[name]:g}" for name in ("lam", "nu") if not pd.isna(x[name])}
 
     own = values(cell)
-    common = values(first) | {name: f"{x:g}" for name, x in paper_values(cell).items() if name in own}
-    names = [name for name in own | common if own.get(name) != common.get(name)]
-    return " ".join(f"{name}={own.get(name)}" for name in names)
+    common = values(first) | {name: str(x) for name, x in paper_values(cell).items() if name in own}
+    return " ".join(f"{x}={own.get(x)}" for x in own | common if own.get(x) != common.get(x))
 
 
 def counted(runs):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import DATA, drawn, eval_rows, load_checkpoint, refusal, run, same, spied
 from gymnasium.wrappers import TimeLimit
+from test_resume import everything
 
 import dmg_finetune
 import dmg_offline
@@ -172,6 +173,19 @@ def test_from_scratch_an_own_environment_in_a_module_may_use_numpys_types(reward
     assert [state[0]["step"] for state in saved["optimizers"]] == [3, 5, 5] and "own_env-Own" in folder.name
     mean_return, _, _, length = map(float, eval_rows(folder)[10])
     assert (mean_return, length, *eval_rows(folder)) == (sum(expected[:4]), 4, 0, 10)
+
+
+def test_the_log_has_the_coefficients_in_force_and_the_last_online_return():
+    settings = {"lam_end": 1.0, "nu_end": 0.0, "eval_frequency": 340, "learning_starts": 990}
+    folder = run(**DATA | settings | {"offline_steps": 20, "online_steps": 1000})
+    saved, _, logs = everything(folder)
+    lam, nu, returns = (dict(logs[name]) for name in ("dmg/lam", "dmg/nu", "charts/episodic_return"))
+    assert (lam[20], nu[1000]) == pytest.approx((0.25, 0.1))
+    assert (lam[1020], nu[1020]) == pytest.approx((1 - 0.75 * 0.99, 0.1 * 0.99))
+    _, _, r, _, terminated = saved["online"]["rows"]
+    *_, before, last = np.flatnonzero(terminated[:320])  # Hopper falls
+    assert [*returns] == [340, 680, 1000, 1020]
+    assert returns[340] == pytest.approx(r[before + 1 : last + 1].sum().item(), rel=1e-4)
 
 
 def test_the_limit_of_divergence_is_that_of_the_gamma_in_force():
