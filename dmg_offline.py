@@ -46,7 +46,7 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # by mean and deviation of the run's first data; --resume keeps them
+    normalize_states: bool | None = None  # by the first data's mean and deviation, kept: yes; AntMaze, IQL no
     # ---- DMG ----
     gradient_steps: int = 1_000_000  # iterations of the update
     lam: float = 0.25  # mixture coefficient (lambda), in [0, 1]: share of the target that may generalize
@@ -301,8 +301,8 @@ def read_hdf5(path):
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
         timeouts = np.ravel(file.get("timeouts", np.zeros(len(s))))
         stored = "next_observations" in file
-        next_s = file.get("next_observations", np.roll(s, -1, 0))[:]  # else the next row's observation
-    kept = timeouts == 0  # as in d4rl: the next row is of another episode
+        next_s = file["next_observations"][:] if stored else np.roll(s, -1, 0)  # the next row's
+    kept = timeouts == 0  # as in d4rl, also where next_observations are stored
     if not stored:
         kept[-1:] = False
         if not timeouts.any() and not terminals.all():
@@ -323,12 +323,12 @@ def open_minari(env_id):
     if spec.id not in gym.registry:
         import gymnasium_robotics  # noqa: F401  registers its environments; not at the top: it prints
     spec.kwargs.pop("render_mode", None)
-    spec.additional_wrappers = wrappers = tuple(  # no recorders
+    spec.additional_wrappers = tuple(  # no recorders
         x for x in spec.additional_wrappers if not re.match("Monitor|Record", x.name)
     )
     # the dataset names code: nothing may run but registered environments and wrappers that can be made again
     allowed = [environment.entry_point for environment in gym.registry.values()]
-    for part in (spec, *wrappers):
+    for part in (spec, *spec.additional_wrappers):
         harmless = re.match(r"gymnasium\.wrappers\.(?!.*(Normalize|ClipAction))", part.entry_point)
         if part.entry_point not in allowed and not harmless:
             raise ValueError(f"{env_id} was recorded with {part.entry_point}, which cannot be made again")
@@ -370,7 +370,7 @@ def load_dataset(args):
     if is_antmaze(args):
         terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
         r = r - 1  # 0 at the goal, -1 elsewhere
-    next_s[terminated == 1] = 0  # not used, often NaN
+    next_s[terminated == 1] = 0  # in columns too; not used, often NaN
     if not rows or not all(np.isfinite(x).all() for x in columns):
         raise ValueError(f"{name} has no transitions, or numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
@@ -558,7 +558,7 @@ def main(args):
     if args.resume:
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu")
         first_step = checkpoint["step"] + 1
-        if first_step > args.gradient_steps + 1 or "online" in checkpoint:
+        if checkpoint["step"] > args.gradient_steps or "online" in checkpoint:
             raise ValueError(f"{args.resume} is at step {first_step - 1}: above gradient_steps, or online")
         agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
