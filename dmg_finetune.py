@@ -648,8 +648,8 @@ def main(args):
     (state_dim,) = envs[0].observation_space.shape
     (action_dim,) = envs[0].action_space.shape
     shapes = [state_dim], [action_dim], [], [state_dim], []
-    columns = [torch.empty(0, *shape) for shape in shapes] if args.from_scratch else load_dataset(args)
-    s, a, r, next_s, terminated = columns
+    data = [torch.empty(0, *shape) for shape in shapes] if args.from_scratch else load_dataset(args)
+    s, a, r, next_s, terminated = data
     with torch.device(device):
         agent = Agent(state_dim, action_dim, args)
     if args.normalize_states:

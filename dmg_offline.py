@@ -559,7 +559,7 @@ def main(args):
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu")
         first_step = checkpoint["step"] + 1
         if checkpoint["step"] > args.gradient_steps or "online" in checkpoint:
-            raise ValueError(f"{args.resume} is at step {first_step - 1}: above gradient_steps, or online")
+            raise ValueError(f"{args.resume} has done {first_step - 1} steps: over gradient_steps, or online")
         agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate

@@ -50,7 +50,8 @@ def test_an_update_has_no_needless_matrix_products_and_does_all_in_place(script)
     most = {dmg_offline: (39, 26, 3), dmg_finetune: (39, 26, 3), iql: (24, 20, 3), td3bc: (24, 21, 2)}[script]
     assert all(calls[f"aten::{x}"] <= n for x, n in zip(("addmm", "mm", "_fused_adam_"), most, strict=True))
     assert [x.data_ptr() for x in state.values()] == at
-    assert {name for name, x in state.items() if torch.equal(x, before[name])} == {"mean", "std"}
+    still = {name for name, x in state.items() if torch.equal(x, before[name])}
+    assert still - {"reward_scale"} == {"mean", "std"}
 
 
 CPP = pytest.param(td3bc, "inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs g++"))
