@@ -47,13 +47,13 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # by the first data's mean and deviation, kept: yes; AntMaze, IQL no
+    normalize_states: bool | None = None  # yes, by the first data's mean and std, which stay; AntMaze, IQL no
     # ---- DMG, offline then online ----
     offline_steps: int = 1_000_000  # updates on the dataset alone
     online_steps: int = 1_000_000  # environment steps after that, each with an update
     checkpoint: str | None = None  # run folder of a DMG agent to start from, with its arguments
     from_scratch: bool = False  # TD3: no dataset, no offline steps, lam 1, nu 0
-    learning_starts: int | None = None  # first online steps, uniform, without update: 0, from scratch 25k
+    learning_starts: int | None = None  # first online steps, random, without update: 0, from scratch 25k
     exploration_noise: float = 0.1  # standard deviation of the noise on online actions in [-1, 1]
     gamma_online: float | None = None  # discount factor online, in [0, 1]: gamma, on antmaze-large 0.995
     lam_end: float = 0.5  # what lam tends to online, in [0, 1]
@@ -62,7 +62,7 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     nu: float | None = None  # penalty coefficient (nu): 0.1, AntMaze 0.5; 10 where a name has the word expert
     expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]: 0.7, AntMaze 0.9
     in_sample: Literal["iql", "xql", "sql"] = "iql"  # how V learns the in-sample maximum (Table 3)
-    in_sample_temperature: float | None = None  # beta of xql, alpha of sql: 5, of sql without expert 2
+    in_sample_temperature: float | None = None  # xql's beta: 5; sql's alpha: 2, on expert data 5
     inverse_temperature: float | None = None  # advantage weights' inverse temperature (alpha): 3, AntMaze 10
     max_weight: float | None = None  # upper clip of the advantage weights, at least 1: 3, AntMaze 100
     policy_frequency: int = 2  # critic updates per update of actor and targets
@@ -74,7 +74,7 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     learning_rate: float = 3e-4  # Adam's; offline the actor's falls to 0 by a cosine
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations with a checkpoint: 20k, AntMaze 50k
+    eval_frequency: int | None = None  # updates between evaluations and checkpoints: 20k, AntMaze 50k
     eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
     seed: int = 0  # of networks, batches, noise and evaluation episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
@@ -277,7 +277,7 @@ def actor_learning_rate(step, args):
 
 
 def online_schedule(t, args):
-    """lam, nu and gamma at online step t = 1, 2, ...; what lam and nu lack of their ends shrinks by 0.99."""
+    """lam, nu, gamma at online step t. Every 1000 the way to lam_end and nu_end shrinks by 1 % (App. C.2)."""
     left = 0.99 ** (t // 1000)
     lam = args.lam_end + (args.lam - args.lam_end) * left
     nu = args.nu_end + (args.nu - args.nu_end) * left
@@ -353,7 +353,7 @@ def read_hdf5(path):
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
         timeouts = np.ravel(file.get("timeouts", np.zeros(len(s))))
         stored = "next_observations" in file
-        next_s = file["next_observations"][:] if stored else np.roll(s, -1, 0)  # the next row's
+        next_s = file["next_observations"][:] if stored else np.roll(s, -1, 0)  # else the next row's
     kept = timeouts == 0  # as in d4rl, also where next_observations are stored
     if not stored:
         kept[-1:] = False

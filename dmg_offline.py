@@ -46,14 +46,14 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # by the first data's mean and deviation, kept: yes; AntMaze, IQL no
+    normalize_states: bool | None = None  # yes, by the first data's mean and std, which stay; AntMaze, IQL no
     # ---- DMG ----
     gradient_steps: int = 1_000_000  # iterations of the update
     lam: float = 0.25  # mixture coefficient (lambda), in [0, 1]: share of the target that may generalize
     nu: float | None = None  # penalty coefficient (nu): 0.1, AntMaze 0.5; 10 where a name has the word expert
     expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]: 0.7, AntMaze 0.9
     in_sample: Literal["iql", "xql", "sql"] = "iql"  # how V learns the in-sample maximum (Table 3)
-    in_sample_temperature: float | None = None  # beta of xql, alpha of sql: 5, of sql without expert 2
+    in_sample_temperature: float | None = None  # xql's beta: 5; sql's alpha: 2, on expert data 5
     inverse_temperature: float | None = None  # advantage weights' inverse temperature (alpha): 3, AntMaze 10
     max_weight: float | None = None  # upper clip of the advantage weights, at least 1: 3, AntMaze 100
     policy_frequency: int = 2  # critic updates per update of actor and targets
@@ -65,7 +65,7 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     learning_rate: float = 3e-4  # Adam's; the actor's falls to 0 by a cosine
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations with a checkpoint: 20k, AntMaze 50k
+    eval_frequency: int | None = None  # updates between evaluations and checkpoints: 20k, AntMaze 50k
     eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
     seed: int = 0  # of networks, batches, noise and evaluation episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
@@ -301,7 +301,7 @@ def read_hdf5(path):
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
         timeouts = np.ravel(file.get("timeouts", np.zeros(len(s))))
         stored = "next_observations" in file
-        next_s = file["next_observations"][:] if stored else np.roll(s, -1, 0)  # the next row's
+        next_s = file["next_observations"][:] if stored else np.roll(s, -1, 0)  # else the next row's
     kept = timeouts == 0  # as in d4rl, also where next_observations are stored
     if not stored:
         kept[-1:] = False
@@ -559,7 +559,9 @@ def main(args):
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu")
         first_step = checkpoint["step"] + 1
         if checkpoint["step"] > args.gradient_steps or "online" in checkpoint:
-            raise ValueError(f"{args.resume} has done {first_step - 1} steps: over gradient_steps, or online")
+            raise ValueError(
+                f"{args.resume} has done {first_step - 1} steps: more than gradient_steps, or online ones"
+            )
         agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate

@@ -46,14 +46,14 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # by the first data's mean and deviation, kept: yes; AntMaze, IQL no
+    normalize_states: bool | None = None  # yes, by the first data's mean and std, which stay; AntMaze, IQL no
     # ---- IQL ----
     gradient_steps: int = 1_000_000  # iterations of the update on the dataset
     online_steps: int = 0  # environment steps after that, each with an update
     expectile: float | None = None  # expectile of iql's in-sample maximum (tau), in [0, 1]: 0.7, AntMaze 0.9
     in_sample: Literal["iql", "xql", "sql"] = "iql"  # how V learns the in-sample maximum; sql: own weights
     in_sample_temperature: float | None = None  # xql's beta: 2, AntMaze 0.6; sql's alpha: 1, AntMaze 0.1
-    inverse_temperature: float | None = None  # advantage weights' (beta), sql has none: 3, AntMaze 10
+    inverse_temperature: float | None = None  # of the advantage weights (beta), not sql's: 3, AntMaze 10
     max_weight: float = 100.0  # upper clip of the advantage weights, at least 1
     gamma: float = 0.99  # discount factor (gamma), in [0, 1]
     target_update_rate: float = 0.005  # Polyak rate of the target critic (alpha), in [0, 1]
@@ -61,7 +61,7 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     learning_rate: float = 3e-4  # Adam's; the actor's falls to 0 by a cosine if online_steps is 0
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations with a checkpoint: 20k, AntMaze 50k
+    eval_frequency: int | None = None  # updates between evaluations and checkpoints: 20k, AntMaze 50k
     eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
     seed: int = 0  # of networks, batches, noise and evaluation episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
@@ -332,7 +332,7 @@ def read_hdf5(path):
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
         timeouts = np.ravel(file.get("timeouts", np.zeros(len(s))))
         stored = "next_observations" in file
-        next_s = file["next_observations"][:] if stored else np.roll(s, -1, 0)  # the next row's
+        next_s = file["next_observations"][:] if stored else np.roll(s, -1, 0)  # else the next row's
     kept = timeouts == 0  # as in d4rl, also where next_observations are stored
     if not stored:
         kept[-1:] = False
@@ -636,7 +636,7 @@ def main(args):
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu")
         steps, online_rows = checkpoint["step"], len(checkpoint["online"]["rows"][0])
         if steps > total_steps or online_rows != max(0, steps - args.gradient_steps):
-            raise ValueError(f"{args.resume} has done {steps} steps, {online_rows} online: not these flags'")
+            raise ValueError(f"{args.resume} has done {steps} steps, {online_rows} online: give other steps")
         first_step = steps + 1
         agent.load_state_dict(checkpoint["agent"])  # with the mean, std and scale that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):

@@ -45,7 +45,7 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # by the first data's mean and deviation, kept: yes; AntMaze, IQL no
+    normalize_states: bool | None = None  # yes, by the first data's mean and std, which stay; AntMaze, IQL no
     # ---- TD3+BC ----
     gradient_steps: int = 1_000_000  # iterations of the update
     alpha: float = 2.5  # weight of Q / mean|Q| beside the behavior cloning term (alpha)
@@ -58,7 +58,7 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     learning_rate: float = 3e-4  # Adam's
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations with a checkpoint: 20k, AntMaze 50k
+    eval_frequency: int | None = None  # updates between evaluations and checkpoints: 20k, AntMaze 50k
     eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
     seed: int = 0  # of networks, batches, noise and evaluation episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
@@ -253,7 +253,7 @@ def read_hdf5(path):
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
         timeouts = np.ravel(file.get("timeouts", np.zeros(len(s))))
         stored = "next_observations" in file
-        next_s = file["next_observations"][:] if stored else np.roll(s, -1, 0)  # the next row's
+        next_s = file["next_observations"][:] if stored else np.roll(s, -1, 0)  # else the next row's
     kept = timeouts == 0  # as in d4rl, also where next_observations are stored
     if not stored:
         kept[-1:] = False
