@@ -22,20 +22,20 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dmg_offline as dmg
 
-GOAL_CELLS = {  # row and column: a play set goes between these
+GOAL_CELLS = {  # row and column of the goals, in the play and in the diverse set (README.md)
     "umaze": [(3, 1)],
     "medium": [(2, 6), (5, 1), (6, 5)],
     "large": [(1, 6), (3, 5), (3, 10), (5, 2), (7, 4), (7, 6), (7, 9)],
 }
-# x and y in metres of the goal that a set's rewards are for: D4RL's own are not published; with these a
-# remade set has D4RL's number of rewarded rows (README.md)
+# x and y in metres of the goal that a set's rewards are for (README.md): umaze-diverse's and medium-diverse's
+# are D4RL's own, read off by a public project; with the others a set has D4RL's number of rewarded rows
 REWARDED_GOALS = {
     "antmaze-umaze-v2": (1.28, 9.53),
-    "antmaze-umaze-diverse-v2": (1.53, 9.82),
+    "antmaze-umaze-diverse-v2": (1.0, 9.9),
     "antmaze-medium-play-v2": (20.52, 20.80),
-    "antmaze-medium-diverse-v2": (21.43, 21.07),
+    "antmaze-medium-diverse-v2": (20.4, 21.4),
     "antmaze-large-play-v2": (33.58, 25.18),
-    "antmaze-large-diverse-v2": (33.52, 24.73),
+    "antmaze-large-diverse-v2": (33.52, 25.33),
 }
 # D4RL's own umaze file has goals up to 3 m from the corner of their cell; its published code draws 0.5 here
 GOAL_NOISE = 2
@@ -149,16 +149,15 @@ class Maze:
     def __init__(self, name, rng):
         from gymnasium_robotics.envs.maze import maps  # not at the top: it prints
 
-        size, many_goals = name.split("-")[1], "diverse" in name
+        size = name.split("-")[1]
         grid = {"umaze": maps.U_MAZE, "medium": maps.MEDIUM_MAZE, "large": maps.LARGE_MAZE}[size]
         self.env = dmg.make_raw_env(dmg.Args(name)).unwrapped  # with D4RL's inertia
         self.rng = rng
         self.free = [tuple(cell) for cell in np.argwhere(np.array(grid) != 1).tolist()]
-        self.goal_cells = self.free if many_goals else GOAL_CELLS[size]
+        self.goal_cells = GOAL_CELLS[size]
         self.start_cells = []  # none: the origin
-        if name != "antmaze-umaze-v2":  # D4RL counts the goal cells of a play set as walls here
-            walls = [] if many_goals else self.goal_cells
-            self.start_cells = [cell for cell in self.free if cell not in walls]
+        if name != "antmaze-umaze-v2":  # D4RL starts in none of the goal cells
+            self.start_cells = [cell for cell in self.free if cell not in self.goal_cells]
 
     def reset(self):
         """The first state of an episode, (29,)."""
@@ -194,7 +193,8 @@ class Maze:
 
 def collect_maze(args):
     """Columns of a maze's set: the ant with action noise 0.2, the rewards of one goal, terminal = reward."""
-    rng = np.random.default_rng(args.seed)
+    diverse = "diverse" in args.name
+    rng = np.random.default_rng(args.seed + 1000 * diverse)  # else a diverse set had the play set's rows
     weights = read_policy(args.policies, "ant_goal", "ant_hierarch_pol")
     maze = Maze(args.name, rng)
     limit = 700 if args.name == "antmaze-umaze-v2" else 1000  # D4RL's umaze-diverse has 1,036 episodes
