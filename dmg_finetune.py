@@ -435,19 +435,20 @@ def load_dataset(args):
 
 
 # ---- environments: the same in all four scripts ----
-def legacy_inertia(env):
-    """Undo MuJoCo 2.1.2's change of the inertia of capsules (its changelog): else D4RL's agents fall."""
-    spec = mujoco.MjSpec.from_file(env.fullpath)
-    stock = spec.compile()  # gives the geoms their ids
+def legacy_physics(model, xml):
+    """MuJoCo 2.1.0's masses of capsules, without which D4RL's agents fall, and distances of contacts."""
+    spec = mujoco.MjSpec.from_file(xml)
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # was a cylinder, longer by half a radius at each end
-            radius, half_length, _ = stock.geom_size[geom.id]
+            stock = model.geom(geom.name)
+            radius, half_length, _ = stock.size
             geom.type, geom.size = mujoco.mjtGeom.mjGEOM_CYLINDER, [radius, half_length + radius / 2, 0]
-            geom.pos, geom.quat, geom.fromto[:] = stock.geom_pos[geom.id], stock.geom_quat[geom.id], np.nan
+            geom.pos, geom.quat, geom.fromto[:] = stock.pos, stock.quat, np.nan
     legacy = spec.compile()
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
-        getattr(env.model, field)[:] = getattr(legacy, field)
-    mujoco.mj_setConst(env.model, mujoco.MjData(env.model))
+        getattr(model, field)[:] = getattr(legacy, field)
+    mujoco.mj_setConst(model, mujoco.MjData(model))
+    model.geom_margin[model.geom_bodyid > 0] = 0  # a contact had the larger of two margins, not their sum
 
 
 class D4RLAntMaze(ant_v5.AntEnv):
@@ -489,7 +490,7 @@ def make_raw_env(args, **options):
     if args.env_id in D4RL_FILES:
         robot, task = args.env_id.split("-")[:2]
         env = D4RLAntMaze(task, **options) if robot == "antmaze" else D4RL_ROBOTS[robot][0](**options)
-        legacy_inertia(env)
+        legacy_physics(env.model, env.fullpath)
         return TimeLimit(env, 700 if task == "umaze" else 1000)
     if is_antmaze(args):
         options["continuing_task"] = False  # an episode ends at the goal

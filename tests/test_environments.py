@@ -82,14 +82,16 @@ def test_mass_matrix_is_the_legacy_one(env_id, stock_id, density, total_mass, di
 
 
 @pytest.mark.parametrize("stock_id", ["Hopper-v4", "Walker2d-v4", "HalfCheetah-v4"])
-def test_only_d4rl_names_get_legacy_inertia_and_nothing_else_differs(stock_id):
-    """With the same inertia the same episode to the bit, of 1000 steps at most."""
+def test_only_d4rl_names_get_legacy_physics_and_nothing_else_differs(stock_id):
+    """With the same inertia and margins the same episode to the bit, of 1000 steps at most."""
     env, stock = make(f"{stock_id[:-3].lower()}-medium-v2"), gym.make(stock_id)
     own, model = make(stock_id, "own.hdf5"), stock.unwrapped.model
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
         np.testing.assert_array_equal(getattr(own.unwrapped.model, field), getattr(model, field), field)
         getattr(model, field)[:] = getattr(env.unwrapped.model, field)
     mujoco.mj_setConst(model, mujoco.MjData(model))
+    np.testing.assert_array_equal(own.unwrapped.model.geom_margin, model.geom_margin)
+    model.geom_margin[model.geom_bodyid > 0] = 0
     assert env.action_space == stock.action_space and env.observation_space == stock.observation_space
     np.testing.assert_array_equal(env.reset(seed=3)[0], stock.reset(seed=3)[0])
     rng, over, steps = np.random.default_rng(0), False, 0
@@ -100,6 +102,16 @@ def test_only_d4rl_names_get_legacy_inertia_and_nothing_else_differs(stock_id):
         assert found == expected
         over, steps = any(found[1:]), steps + 1
     assert (steps == 1000) == (stock_id == "HalfCheetah-v4")
+
+
+@pytest.mark.parametrize("name, margin", [("antmaze-umaze-v2", 0.01), ("hopper-medium-v2", 0.001)])
+def test_a_contact_begins_at_the_margin_of_the_xml_file(name, margin):
+    """MuJoCo before 3.5 took the larger margin of two geoms; their sum lifts the ant by a centimetre."""
+    env = make(name).unwrapped
+    env.reset(seed=0)
+    for _ in range(20):
+        env.step(np.zeros(env.action_space.shape, np.float32))
+    assert env.data.ncon and set(env.data.contact.includemargin) == {margin}
 
 
 @pytest.mark.parametrize("name", [name for name in dmg_offline.D4RL_FILES if "antmaze" in name])
