@@ -9,7 +9,7 @@ https://arxiv.org/abs/2411.07934
 Arguments, networks, update (Algorithm 1), data, environments, evaluation, speed, replay, main. A block headed
 "the same in ..." is shared with the project's other scripts.
 The update equals the authors' published code to 1e-13 (README.md); tests/test_update.py derives it again.
-The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
+The environments give 31 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report the last evaluation: mean and standard deviation over seeds (the printed +- is over episodes).
 """
 

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2106.06860
 
 Arguments, networks, update, data, environments, evaluation, speed, main. Blocks of all four scripts say so.
 The update equals the authors' published code to 1e-13 (README.md); tests/test_update.py derives it again.
-The environments give 32 of the 33 SAC policies published for D4RL their published returns (README.md).
+The environments give 31 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report a run's last evaluation, mean and deviation over seeds (the paper: its last ten, every 5,000 steps).
 """
 

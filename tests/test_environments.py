@@ -114,6 +114,24 @@ def test_a_contact_begins_at_the_margin_of_the_xml_file(name, margin):
     assert env.data.ncon and set(env.data.contact.includemargin) == {margin}
 
 
+@pytest.mark.parametrize("name, tolerance", [
+    ("hopper-medium-v2", 1e-9),
+    ("walker2d-medium-v2", 1e-9),
+    ("halfcheetah-medium-v2", 1e-9),
+    ("antmaze-umaze-v2", 1e-3),  # MuJoCo 4.0 turns a free body otherwise than 2.1.0 to 3.17
+])  # fmt: skip
+def test_a_step_is_that_of_mujoco_210(name, tolerance):
+    """20 states and actions, and the next states by MuJoCo 2.1.0's own library (benchmark/mujoco210.c)."""
+    env = make(name).unwrapped
+    differences = []
+    for row in np.load(Path(__file__).with_name("mujoco_210.npz"))[name]:
+        qpos, qvel, ctrl, expected = np.split(row, np.cumsum([env.model.nq, env.model.nv, env.model.nu]))
+        env.set_state(qpos, qvel)
+        env.do_simulation(ctrl, env.frame_skip)
+        differences.append(np.abs(env.state_vector() - expected).max())
+    assert np.quantile(differences, 0.9) < tolerance
+
+
 @pytest.mark.parametrize("name", [name for name in dmg_offline.D4RL_FILES if "antmaze" in name])
 def test_antmaze_map_and_time_limit(name):
     env, maze = make(name), name.split("-")[1]

@@ -45,7 +45,7 @@ def test_the_committed_pictures_say_what_the_documents_say(monkeypatch):
     assert len(ours) == 1426 and (ours >= [0, 8]).all() and (ours <= [3, 11]).all()
     validate.draw(d4rl.AUDIT.with_name("validation.csv"))
     titles = [axis.get_title().split("\n")[1].split(" policies")[0] for axis in figures[1].axes]
-    assert titles == ["32 of 33", "17 of 33", "28 of 33"]
+    assert titles == ["31 of 33", "17 of 33", "31 of 33"]
     for axis in figures[1].axes:
         assert "(%)" in axis.get_xlabel() and "(%)" in axis.get_ylabel() and len(axis.containers) == 3
         assert sum(len(bars.lines[0].get_xdata()) for bars in axis.containers) == 33
