@@ -28,7 +28,7 @@ GOAL_CELLS = {  # row and column of the goals, in the play and in the diverse se
     "large": [(1, 6), (3, 5), (3, 10), (5, 2), (7, 4), (7, 6), (7, 9)],
 }
 # x and y in metres of the goal that a set's rewards are for (README.md): umaze-diverse's and medium-diverse's
-# are a public project's estimates of D4RL's own; with the others a set has D4RL's number of rewarded rows
+# are a public project's estimates of D4RL's own; with the others a set has about D4RL's number of rewards
 REWARDED_GOALS = {
     "antmaze-umaze-v2": (1.28, 9.53),
     "antmaze-umaze-diverse-v2": (1.0, 9.9),
