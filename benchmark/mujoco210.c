@@ -1,7 +1,9 @@
 /* Steps of MuJoCo 2.1.0, the last version with D4RL's physics:   mujoco210 model.xml FRAME_SKIP < states > next
 
-   A line of `states` has qpos, qvel and ctrl, a line of `next` qpos and qvel after FRAME_SKIP steps. The library and its
-   headers are in PyPI's free-mujoco-py 2.1.6, a zip file, under mujoco_py/binaries/linux/mujoco210 (M below):
+   A line of `states` has qpos, qvel and ctrl, a line of `next` qpos and qvel after FRAME_SKIP steps; a row of
+   tests/mujoco_210.npz has both. model.xml is Gymnasium's, for AntMaze D4RL's ant.xml with ctrlrange 1, gear 30 and the
+   walls as boxes. The library and its headers are in PyPI's free-mujoco-py 2.1.6, a zip file, under
+   mujoco_py/binaries/linux/mujoco210 (M below):
 
    gcc -I M/include benchmark/mujoco210.c -o mujoco210 -L M/bin -lmujoco210nogl -Wl,-rpath,M/bin */
 #include <stdio.h>
