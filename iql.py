@@ -427,7 +427,7 @@ def legacy_physics(model, xml):
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
         getattr(model, field)[:] = getattr(legacy, field)
     mujoco.mj_setConst(model, mujoco.MjData(model))
-    model.geom_margin[model.geom_bodyid > 0] = 0  # a contact had the larger of two margins, not their sum
+    model.geom_margin[model.geom_bodyid > 0] = 0  # the floor's is enough: 2.1.0 took the larger, 3.5 adds
 
 
 class D4RLAntMaze(ant_v5.AntEnv):

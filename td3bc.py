@@ -5,7 +5,7 @@ https://arxiv.org/abs/2106.06860
 
     python td3bc.py --env-id walker2d-medium-v2    (uv run td3bc.py installs what is listed at the end)
 
-Arguments, networks, update, data, environments, evaluation, speed, main. Blocks of all four scripts say so.
+Arguments, networks, update, data, environments, evaluation, speed, main. Blocks that others share say so.
 The update equals the authors' published code to 1e-13 (README.md); tests/test_update.py derives it again.
 The environments give 31 of the 33 SAC policies published for D4RL their published returns (README.md).
 Report a run's last evaluation, mean and deviation over seeds (the paper: its last ten, every 5,000 steps).
@@ -347,7 +347,7 @@ def legacy_physics(model, xml):
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
         getattr(model, field)[:] = getattr(legacy, field)
     mujoco.mj_setConst(model, mujoco.MjData(model))
-    model.geom_margin[model.geom_bodyid > 0] = 0  # a contact had the larger of two margins, not their sum
+    model.geom_margin[model.geom_bodyid > 0] = 0  # the floor's is enough: 2.1.0 took the larger, 3.5 adds
 
 
 class D4RLAntMaze(ant_v5.AntEnv):
