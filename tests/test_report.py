@@ -179,3 +179,23 @@ def test_the_committed_results_are_readable_and_wrong_input_is_a_sentence(tmp_pa
     assert "nowhere is no folder of runs" in refusal(evaluations.collect, [Path("nowhere")])
     (tmp_path / "args.json").write_text("{}")
     assert "no run of these scripts" in refusal(evaluations.collect, [tmp_path])
+
+
+def test_the_tables_of_both_readmes_are_the_reports(tmp_path):
+    results = Path(report.__file__).with_name("results")
+    report.report(report.Args((results / "d4rl_made_again",), tmp_path, bootstrap_samples=10))
+    table = re.findall(r"^\| .*\.hdf5\) \|.*$", (results / "README.md").read_text(), re.M)
+    assert len(table) == 10 and set(table) <= set((tmp_path / "report.md").read_text().splitlines())
+    readme = results.parent.parent.joinpath("README.md").read_text()
+    rows = re.findall(r"^\| ((?:antmaze|halfcheetah|hopper|walker2d)-.*) \|$", readme, re.M)
+    assert len(rows) == 10
+    for row in rows:
+        name, *ours, paper = row.split(" | ")
+        task, _, policy = name.partition(",")[0].partition(": ")
+        (exact,) = [x.strip(" |").split(" | ") for x in table if x.startswith(f"| {task}-v2 ({policy}")]
+        assert paper in (", ".join(x.split(" ")[0] for x in exact[2::2]), "the same"), row
+        for text, score in zip(ours, exact[1::2], strict=True):
+            numbers = re.findall(r"[\d.]+", re.split("[,(]", text)[0])
+            digits = [len(x.partition(".")[2]) for x in numbers]
+            scores = re.findall(r"[\d.]+", score.split("(")[0])
+            assert numbers == [f"{float(x):.{k}f}" for x, k in zip(scores, digits, strict=True)], row
