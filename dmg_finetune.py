@@ -51,8 +51,8 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     # ---- DMG, offline then online ----
     offline_steps: int = 1_000_000  # updates on the dataset alone
     online_steps: int = 1_000_000  # environment steps after that, each with an update
-    checkpoint: str | None = None  # run folder of a DMG agent to start from, with its arguments
-    from_scratch: bool = False  # TD3: no dataset, no offline steps, lam 1, nu 0
+    checkpoint: str | None = None  # DMG agent's run to start from, with its arguments, no online rows
+    from_scratch: bool = False  # TD3: no dataset or offline steps, raw states, both lam 1, both nu 0
     learning_starts: int | None = None  # first online steps, random, without update: 0, from scratch 25k
     exploration_noise: float = 0.1  # standard deviation of the noise on online actions in [-1, 1]
     gamma_online: float | None = None  # discount factor online, in [0, 1]: gamma, on antmaze-large 0.995
@@ -74,9 +74,9 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     learning_rate: float = 3e-4  # Adam's; offline the actor's falls to 0 by a cosine
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations and checkpoints: 20k, AntMaze 50k
+    eval_frequency: int | None = None  # steps between evaluations and checkpoints: 20k, AntMaze 50k
     eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
-    seed: int = 0  # of networks, batches, noise and evaluation episodes
+    seed: int = 0  # of networks, batches, noise and episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
     cuda: bool = True  # train on the GPU if there is one
     cudagraphs: bool = True  # on a GPU, replay the update as CUDA graphs; freezes args' numbers: see update
@@ -277,7 +277,7 @@ def actor_learning_rate(step, args):
 
 
 def online_schedule(t, args):
-    """lam, nu, gamma at online step t. Every 1000 the way to lam_end and nu_end shrinks by 1 % (App. C.2)."""
+    """lam, nu, gamma at online step t. Every 1000 steps lam_end and nu_end come 1 % nearer (App. C.2)."""
     left = 0.99 ** (t // 1000)
     lam = args.lam_end + (args.lam - args.lam_end) * left
     nu = args.nu_end + (args.nu - args.nu_end) * left
@@ -484,7 +484,7 @@ class D4RLAntMaze(ant_v5.AntEnv):
 
 
 def make_raw_env(args, **options):
-    """The evaluation environment with the spaces that the dataset has."""
+    """The environment with the spaces that the dataset has."""
     mujoco.set_mju_user_warning(warnings.warn)  # not into the file MUJOCO_LOG.TXT
     warnings.filterwarnings("ignore", ".*settotalmass")  # of HalfCheetah's XML
     if args.env_id in D4RL_FILES:
@@ -502,7 +502,7 @@ def make_raw_env(args, **options):
 
 
 def make_env(args, **options):
-    """The evaluation environment with observations as vectors and actions in [-1, 1]."""
+    """The environment with observations as vectors and actions in [-1, 1]."""
     env = FlattenObservation(make_raw_env(args, **options))
     box = env.action_space
     if box.dtype.kind != "f" or not (box.low < box.high).all():
@@ -567,7 +567,7 @@ def accelerate(agent, args):
     calls = [0, 0]  # without and with the actor's update
     graphs = {}
 
-    def replay(batch, noise, update_actor):
+    def replay_graph(batch, noise, update_actor):
         calls[update_actor] += 1
         if calls[update_actor] < 6:  # the first ones load libraries and make Adam's state
             return learn(batch, noise, update_actor)
@@ -582,7 +582,7 @@ def accelerate(agent, args):
         graph.replay()
         return metrics
 
-    return replay
+    return replay_graph
 
 
 # ---- replay: the same in dmg_finetune.py and iql.py ----
@@ -606,7 +606,7 @@ class Replay:
         self.observation, _ = self.env.reset(seed=seed)
 
     def step(self, action):
-        """Act, (action_dim,), and add the transition. A timeout is not terminal. AntMaze: reward 0 or -1."""
+        """Take action (action_dim,), add the transition. A timeout is not terminal. AntMaze: r 0 or -1."""
         observation, reward, terminated, truncated, _ = self.env.step(action)
         s, next_s = self.agent.normalize(np.stack([self.observation, observation]))
         r = float(reward) - is_antmaze(self.args)
@@ -657,29 +657,29 @@ def main(args):
         std, mean = torch.std_mean(s.double(), 0, correction=0)
         agent.mean.copy_(mean)
         agent.std.copy_(std + 1e-3)
-    learned = 0
+    so_far = 0
     total_steps = args.offline_steps + args.online_steps
     source = args.resume or args.checkpoint
     if source:
         checkpoint = torch.load(f"{source}/checkpoint.pt", map_location="cpu")
-        learned = checkpoint["step"]
+        so_far = checkpoint["step"]
         try:
             online_rows = len(checkpoint["online"]["rows"][0]) if args.resume else 0
             agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
         except (KeyError, RuntimeError):
             raise ValueError(f"{source} is a run of another script or of another robot") from None
-        if learned > total_steps or online_rows != max(0, learned - args.offline_steps):
-            raise ValueError(f"{source} has done {learned} steps: give other offline_steps or online_steps")
+        if so_far > total_steps or online_rows != max(0, so_far - args.offline_steps):
+            raise ValueError(f"{source} has done {so_far} steps: give other offline_steps or online_steps")
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
         if checkpoint["origin"] == f"{device}, seed {args.seed}":  # of its random numbers; else new ones
             device_module.set_rng_state(checkpoint["random"])
-    first_step = learned + 1 if args.resume else learned  # a run that is not resumed first evaluates
+    first_step = so_far + 1 if args.resume else so_far  # a run that is not resumed first evaluates
     dataset = agent.normalize(s), a, r, agent.normalize(next_s), terminated
     replay = Replay(dataset, make_env(args), agent, args)
     if args.resume:
         replay.restore(checkpoint["online"])
-    in_force = copy.copy(args)  # its lam, nu and gamma change online: tensors, which nothing freezes
+    in_force = copy.copy(args)  # what update reads; lam, nu, gamma change online: tensors, never frozen
     for name in ("lam", "nu", "gamma"):
         setattr(in_force, name, torch.tensor(float(getattr(args, name)), device=device))
     learn = accelerate(agent, in_force)
@@ -702,17 +702,18 @@ def main(args):
         env = make_env(args, render_mode="rgb_array")
         envs[0] = RecordVideo(env, f"{folder}/videos", lambda _: True, name_prefix=f"from-step-{first_step}")
 
+    always_evaluated = so_far, args.offline_steps, total_steps
     metrics = {}
     message = "all steps are done"  # where a finished run is resumed
     start_time = time.time()
     for step in tqdm(range(first_step, total_steps + 1), unit="step"):
         logs = {}
         t = step - args.offline_steps  # online steps, this one included
-        if step > learned and t > 0:
+        if t > 0:
             for name, value in online_schedule(t, args).items():
                 getattr(in_force, name).fill_(value)
             replay.step(explore(agent, replay.observation, t, args))
-        if step > learned and not 0 < t <= args.learning_starts:
+        if step > so_far and not 0 < t <= args.learning_starts:
             lr = actor_learning_rate(step, args)
             agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
             index = torch.randint(replay.size, [args.batch_size], device=device)
@@ -720,7 +721,7 @@ def main(args):
             noise = torch.randn(args.batch_size, action_dim, device=device)
             metrics |= learn(batch, noise, step % args.policy_frequency == 0)
 
-        evaluate_now = step % args.eval_frequency == 0 or step in (args.offline_steps, total_steps)
+        evaluate_now = step % args.eval_frequency == 0 or step in always_evaluated
         if metrics and (evaluate_now or step % 1000 == 0):
             logs = {f"losses/{name}": value.item() for name, value in metrics.items()}
             # a mean Q beyond about ten times any return has diverged; 1000 leaves room for small rewards

@@ -55,15 +55,15 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     in_sample_temperature: float | None = None  # xql's beta: 2, AntMaze 0.6; sql's alpha: 1, AntMaze 0.1
     inverse_temperature: float | None = None  # of the advantage weights (beta), not sql's: 3, AntMaze 10
     max_weight: float = 100.0  # upper clip of the advantage weights, at least 1
-    gamma: float = 0.99  # discount factor (gamma), in [0, 1]
+    gamma: float = 0.99  # discount factor (gamma), in [0, 1]; DMG's paper: online on antmaze-large 0.995
     target_update_rate: float = 0.005  # Polyak rate of the target critic (alpha), in [0, 1]
     batch_size: int = 256  # transitions per update
     learning_rate: float = 3e-4  # Adam's; the actor's falls to 0 by a cosine if online_steps is 0
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations and checkpoints: 20k, AntMaze 50k
+    eval_frequency: int | None = None  # steps between evaluations and checkpoints: 20k, AntMaze 50k
     eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
-    seed: int = 0  # of networks, batches, noise and evaluation episodes
+    seed: int = 0  # of networks, batches, noise and episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
     cuda: bool = True  # train on the GPU if there is one
     cudagraphs: bool = True  # on a GPU, replay the update as CUDA graphs; freezes args' numbers: see update
@@ -274,7 +274,7 @@ def reward_scale(s, r, next_s, terminated, args):
     ends[:-1] |= (s[1:] - next_s[:-1]).norm(dim=1) > 1e-6
     ends[-1] = True
     if (ends & (terminated == 0)).float().mean() > 0.05:
-        raise ValueError("IQL scales rewards by the returns of episodes: give all rows, in the order of time")
+        raise ValueError("IQL scales rewards by returns: give all rows in order, over 20 an episode")
     totals = r.double().cumsum(0)[ends]
     returns = totals.diff(prepend=totals.new_zeros(1))
     spread = (returns.max() - returns.min()).item()
@@ -463,7 +463,7 @@ class D4RLAntMaze(ant_v5.AntEnv):
 
 
 def make_raw_env(args, **options):
-    """The evaluation environment with the spaces that the dataset has."""
+    """The environment with the spaces that the dataset has."""
     mujoco.set_mju_user_warning(warnings.warn)  # not into the file MUJOCO_LOG.TXT
     warnings.filterwarnings("ignore", ".*settotalmass")  # of HalfCheetah's XML
     if args.env_id in D4RL_FILES:
@@ -481,7 +481,7 @@ def make_raw_env(args, **options):
 
 
 def make_env(args, **options):
-    """The evaluation environment with observations as vectors and actions in [-1, 1]."""
+    """The environment with observations as vectors and actions in [-1, 1]."""
     env = FlattenObservation(make_raw_env(args, **options))
     box = env.action_space
     if box.dtype.kind != "f" or not (box.low < box.high).all():
@@ -547,7 +547,7 @@ def accelerate(agent, args):
     graph = torch.cuda.CUDAGraph()
     inputs = metrics = None
 
-    def replay(batch):
+    def replay_graph(batch):
         nonlocal calls, inputs, metrics
         calls += 1
         if calls < 10:  # the first ones load libraries and make Adam's state
@@ -560,7 +560,7 @@ def accelerate(agent, args):
         graph.replay()
         return metrics
 
-    return replay
+    return replay_graph
 
 
 # ---- replay: the same in dmg_finetune.py and iql.py ----
@@ -584,7 +584,7 @@ class Replay:
         self.observation, _ = self.env.reset(seed=seed)
 
     def step(self, action):
-        """Act, (action_dim,), and add the transition. A timeout is not terminal. AntMaze: reward 0 or -1."""
+        """Take action (action_dim,), add the transition. A timeout is not terminal. AntMaze: r 0 or -1."""
         observation, reward, terminated, truncated, _ = self.env.step(action)
         s, next_s = self.agent.normalize(np.stack([self.observation, observation]))
         r = float(reward) - is_antmaze(self.args)
@@ -635,10 +635,10 @@ def main(args):
     first_step, total_steps = 0, args.gradient_steps + args.online_steps
     if args.resume:
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu")
-        steps, online_rows = checkpoint["step"], len(checkpoint["online"]["rows"][0])
-        if steps > total_steps or online_rows != max(0, steps - args.gradient_steps):
-            raise ValueError(f"{args.resume} has done {steps} steps, {online_rows} online: give other steps")
-        first_step = steps + 1
+        so_far, online_rows = checkpoint["step"], len(checkpoint["online"]["rows"][0])
+        if so_far > total_steps or online_rows != max(0, so_far - args.gradient_steps):
+            raise ValueError(f"{args.resume} has done {so_far} steps, {online_rows} online: give other steps")
+        first_step = so_far + 1
         agent.load_state_dict(checkpoint["agent"])  # with the mean, std and scale that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate

@@ -57,9 +57,9 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     learning_rate: float = 3e-4  # Adam's
     # ---- run: the same in all four scripts ----
     exp_name: str = Path(__file__).stem  # part of the run folder's name
-    eval_frequency: int | None = None  # updates between evaluations and checkpoints: 20k, AntMaze 50k
+    eval_frequency: int | None = None  # steps between evaluations and checkpoints: 20k, AntMaze 50k
     eval_episodes: int | None = None  # whole episodes per evaluation: 10, AntMaze 100
-    seed: int = 0  # of networks, batches, noise and evaluation episodes
+    seed: int = 0  # of networks, batches, noise and episodes
     resume: str | None = None  # run folder to continue from its checkpoint; other flags change its arguments
     cuda: bool = True  # train on the GPU if there is one
     cudagraphs: bool = True  # on a GPU, replay the update as CUDA graphs; freezes args' numbers: see update
@@ -383,7 +383,7 @@ class D4RLAntMaze(ant_v5.AntEnv):
 
 
 def make_raw_env(args, **options):
-    """The evaluation environment with the spaces that the dataset has."""
+    """The environment with the spaces that the dataset has."""
     mujoco.set_mju_user_warning(warnings.warn)  # not into the file MUJOCO_LOG.TXT
     warnings.filterwarnings("ignore", ".*settotalmass")  # of HalfCheetah's XML
     if args.env_id in D4RL_FILES:
@@ -401,7 +401,7 @@ def make_raw_env(args, **options):
 
 
 def make_env(args, **options):
-    """The evaluation environment with observations as vectors and actions in [-1, 1]."""
+    """The environment with observations as vectors and actions in [-1, 1]."""
     env = FlattenObservation(make_raw_env(args, **options))
     box = env.action_space
     if box.dtype.kind != "f" or not (box.low < box.high).all():
@@ -466,7 +466,7 @@ def accelerate(agent, args):
     calls = [0, 0]  # without and with the actor's update
     graphs = {}
 
-    def replay(batch, noise, update_actor):
+    def replay_graph(batch, noise, update_actor):
         calls[update_actor] += 1
         if calls[update_actor] < 6:  # the first ones load libraries and make Adam's state
             return learn(batch, noise, update_actor)
@@ -481,7 +481,7 @@ def accelerate(agent, args):
         graph.replay()
         return metrics
 
-    return replay
+    return replay_graph
 
 
 # ---- main ----

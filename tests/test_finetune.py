@@ -63,11 +63,12 @@ def test_the_offline_part_has_dmg_offlines_bits_and_its_checkpoint_continues_as_
     assert eval_rows(folder) == {step: row for step, row in eval_rows(whole).items() if step > 50}
     assert [state[0]["step"] for state in saved["optimizers"]] == [50, 101, 101]  # Adam continues to count
     # and so does the checkpoint of this very run, without a step of its learning
-    again = run(dmg_finetune, "--checkpoint", folder, "--online-steps", 30, "--learning-rate", 0)
+    steps = "--offline-steps", 105, "--online-steps", 30
+    again = run(dmg_finetune, "--checkpoint", folder, *steps, "--learning-rate", 0)
     ended, row = load_checkpoint(again), eval_rows(folder)[101]
-    assert (ended["step"], len(ended["online"]["rows"][0]), eval_rows(again)[101]) == (131, 30, row)
+    assert (ended["step"], len(ended["online"]["rows"][0]), eval_rows(again)[101]) == (135, 30, row)
     assert all("_target" in name or same(x, ended["agent"][name]) for name, x in saved["agent"].items())
-    other = run(dmg_finetune, "--checkpoint", folder, "--online-steps", 30, "--seed", 4)
+    other = run(dmg_finetune, "--checkpoint", folder, *steps, "--seed", 4)
     assert not torch.equal(load_checkpoint(other)["random"], ended["random"])
     shutil.rmtree(copy)  # the arguments are readable without it
     args = dmg_finetune.read_args(folder)
