@@ -309,7 +309,7 @@ D4RL_ROBOTS = {  # environment, return of a random and of an expert policy (d4rl
     "hopper": (hopper_v4.HopperEnv, -20.272305, 3234.3),
     "walker2d": (walker2d_v4.Walker2dEnv, 1.629008, 4592.3),
 }
-D4RL_MAZES = {  # corner of the goal's area in metres, map of 4 m cells without the wall around it
+D4RL_MAZES = {  # corner of the goal's area in meters, map of 4 m cells without the wall around it
     "umaze": ((0, 8), "... ##. ..."),
     "medium": ((20, 20), "..##.. ..#... #...## ..#... .#..#. ...#.."),
     "large": ((32, 24), "....#..... .##.#.#.#. ......#... .####.###. ..#.#..... #.#.#.#.## ..#...#..."),
@@ -505,7 +505,7 @@ def make_env(args, **options):
     """The environment with observations as vectors and actions in [-1, 1]."""
     env = FlattenObservation(make_raw_env(args, **options))
     box = env.action_space
-    if box.dtype.kind != "f" or not (box.low < box.high).all():
+    if "f" not in str(box.dtype) or not np.all(box.low < box.high):
         raise ValueError(f"{args.env_id} has actions of {box}: only floats between two bounds work")
     return RescaleAction(env, np.float32(-1), np.float32(1))
 
@@ -663,11 +663,10 @@ def main(args):
     if source:
         checkpoint = torch.load(f"{source}/checkpoint.pt", map_location="cpu")
         so_far = checkpoint["step"]
-        try:
-            online_rows = len(checkpoint["online"]["rows"][0]) if args.resume else 0
-            agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
-        except (KeyError, RuntimeError):
-            raise ValueError(f"{source} is a run of another script or of another robot") from None
+        if args.resume and "online" not in checkpoint:
+            raise ValueError(f"{source} has no online steps to resume: give it as checkpoint")
+        agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
+        online_rows = len(checkpoint["online"]["rows"][0]) if args.resume else 0
         if so_far > total_steps or online_rows != max(0, so_far - args.offline_steps):
             raise ValueError(f"{source} has done {so_far} steps: give other offline_steps or online_steps")
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
@@ -682,7 +681,7 @@ def main(args):
     in_force = copy.copy(args)  # what update reads; lam, nu, gamma change online: tensors, never frozen
     for name in ("lam", "nu", "gamma"):
         setattr(in_force, name, torch.tensor(float(getattr(args, name)), device=device))
-    learn = accelerate(agent, in_force)
+    learn = accelerate(agent, in_force)  # update; a CUDA graph or --compile freezes the other numbers
     env_name = re.sub("[/:]", "-", args.env_id)
     folder = Path(args.resume or f"runs/{env_name}__{args.exp_name}__{args.seed}__{time.time_ns()}")
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}

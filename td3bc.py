@@ -208,7 +208,7 @@ D4RL_ROBOTS = {  # environment, return of a random and of an expert policy (d4rl
     "hopper": (hopper_v4.HopperEnv, -20.272305, 3234.3),
     "walker2d": (walker2d_v4.Walker2dEnv, 1.629008, 4592.3),
 }
-D4RL_MAZES = {  # corner of the goal's area in metres, map of 4 m cells without the wall around it
+D4RL_MAZES = {  # corner of the goal's area in meters, map of 4 m cells without the wall around it
     "umaze": ((0, 8), "... ##. ..."),
     "medium": ((20, 20), "..##.. ..#... #...## ..#... .#..#. ...#.."),
     "large": ((32, 24), "....#..... .##.#.#.#. ......#... .####.###. ..#.#..... #.#.#.#.## ..#...#..."),
@@ -404,7 +404,7 @@ def make_env(args, **options):
     """The environment with observations as vectors and actions in [-1, 1]."""
     env = FlattenObservation(make_raw_env(args, **options))
     box = env.action_space
-    if box.dtype.kind != "f" or not (box.low < box.high).all():
+    if "f" not in str(box.dtype) or not np.all(box.low < box.high):
         raise ValueError(f"{args.env_id} has actions of {box}: only floats between two bounds work")
     return RescaleAction(env, np.float32(-1), np.float32(1))
 
@@ -532,7 +532,7 @@ def main(args):
     writer = SummaryWriter(folder, purge_step=first_step)  # hides what a killed run logged from there on
     Path(f"{folder}/args.json").write_text(record)
     eval_csv = open(f"{folder}/eval.csv", "a", 1)  # written line by line
-    if first_step == 0:
+    if not first_step:
         print("step,return_mean,return_std,normalized_score,length_mean", file=eval_csv)
     if args.capture_video:
         env = make_env(args, render_mode="rgb_array")

@@ -119,7 +119,7 @@ def kind_of(cell):
     return "D4RL made again" if cell.dataset else "D4RL v2"
 
 
-def summarise_runs(data):
+def summarize_runs(data):
     """One row for each cell and seed: the state of its run, last score, Q and time, the hand-over's score."""
     runs = []
     for key, run in data.groupby(RUN, dropna=False):
@@ -173,7 +173,7 @@ def counted(runs):
     return finished if len(finished) else unfinished[unfinished.step == unfinished.step.max()]
 
 
-def summarise_cells(runs):
+def summarize_cells(runs):
     """One row for each cell: mean and sample deviation of last scores, the first of their steps."""
     cells = []
     for key, cell in runs.groupby(CELL, dropna=False):

@@ -27,7 +27,7 @@ GOAL_CELLS = {  # row and column of the goals, in the play and in the diverse se
     "medium": [(2, 6), (5, 1), (6, 5)],
     "large": [(1, 6), (3, 5), (3, 10), (5, 2), (7, 4), (7, 6), (7, 9)],
 }
-# x and y in metres of the goal that a set's rewards are for (README.md): umaze-diverse's and medium-diverse's
+# x and y in meters of the goal that a set's rewards are for (README.md): umaze-diverse's and medium-diverse's
 # are a public project's estimates of D4RL's own; with the others a set has about D4RL's number of rewards
 REWARDED_GOALS = {
     "antmaze-umaze-v2": (1.28, 9.53),
@@ -49,7 +49,7 @@ class Args:
     sac: tuple[str, ...] = ()  # file names without extension of a robot's policies, which make equal parts
     out: str | None = None  # the file (None: the name and .hdf5)
     steps: int = 1_000_000  # rows
-    goal: tuple[float, float] | None = None  # of a maze's rewards, x and y in metres (None: REWARDED_GOALS)
+    goal: tuple[float, float] | None = None  # of a maze's rewards, x and y in meters (None: REWARDED_GOALS)
     seed: int = 0
     goals_picture: str | None = None  # draw the goals of D4RL's own umaze and of ours here, collect nothing
 
@@ -139,7 +139,7 @@ def cell_of(xy):
 
 
 def corner(cell):
-    """x and y, in metres, where a cell begins."""
+    """x and y, in meters, where a cell begins."""
     return 4.0 * np.array([cell[1] - 1, cell[0] - 1])
 
 

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from evaluations import PAPER, collect, counted, of_cell, summarise_cells, summarise_runs
+from evaluations import PAPER, collect, counted, of_cell, summarize_cells, summarize_runs
 from matplotlib.ticker import EngFormatter
 from rliable import library as rly
 from rliable import metrics
@@ -46,7 +46,7 @@ def in_order(names):
 
 
 def styles_of(cells):
-    """{label: (colour, line)}, no two the same."""
+    """{label: (color, line)}, no two the same."""
     others = sorted({*cells.legend} - {*STYLES})
     return STYLES | {x: (hsv_to_rgb(k / len(others), 0.9, 0.75), "-") for k, x in enumerate(others)}
 
@@ -200,8 +200,8 @@ def intervals(scores, samples):
 def report(args):
     """Write the report. Raises ValueError."""
     data = collect(args.runs)
-    runs = summarise_runs(data)
-    cells = summarise_cells(runs)
+    runs = summarize_runs(data)
+    cells = summarize_cells(runs)
     styles = styles_of(cells)
     args.folder.mkdir(parents=True, exist_ok=True)
     data.to_csv(args.folder / "evaluations.csv", index=False)

@@ -153,7 +153,7 @@ def attempt(run, threads, sees_gpu):
         if checkpoints:
             command = [*command[:2], "--resume", str(checkpoints[-1].parent)]
         print(f"\n$ {shlex.join(command)}", file=log, flush=True)
-        begun = log.tell()
+        start = log.tell()
         environment = os.environ | PLACES | {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "60"}
         environment |= {} if sees_gpu else {"CUDA_VISIBLE_DEVICES": ""}
         # PR_SET_PDEATHSIG: the script dies with this worker; its checkpoint is never half-written
@@ -163,7 +163,7 @@ def attempt(run, threads, sees_gpu):
         attempts[-1]["pid"] = process.pid
         run.record(attempts)
         attempts[-1]["exit_code"] = process.wait()
-        attempts[-1]["error"] = error_in(Path(log.name).read_bytes()[begun:].decode(errors="replace"))
+        attempts[-1]["error"] = error_in(Path(log.name).read_bytes()[start:].decode(errors="replace"))
         run.record(attempts)
 
 

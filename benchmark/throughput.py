@@ -97,11 +97,11 @@ def serve(args):
     learn(args.steps)  # compiles, captures
     print("ready", flush=True)
     for _ in sys.stdin:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         learn(args.steps)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        print(time.perf_counter() - begun, flush=True)
+        print(time.perf_counter() - start, flush=True)
 
 
 def start_process(args, name):

@@ -25,7 +25,7 @@ SHORT = {"gradient_steps": 2, "eval_frequency": 2, "eval_episodes": 1, "batch_si
 X, G = Box(-9, 9, (2,)), Box(-9, 9, (1,))
 SEEN = {"vector": X, "dict": Dict(pos=X, Text=G), "tuple": Tuple((X, G)), "bits": Dict(x=X, b=MultiBinary(2))}
 TAKEN = {"int": Box(0, 10, (1,), np.int64), "huge": Box(-1e38, 1e38, (1,)), "wide": Box(-1e6, 1e6, (1,))}
-TAKEN |= {"locked": Box(0, 0, (1,)), "double": Box(-1, 1, (1,), np.float64)}
+TAKEN |= {"locked": Box(0, 0, (1,)), "double": Box(-1, 1, (1,), np.float64), "nested": Dict(a=G)}
 
 
 class Point(gym.Env):
@@ -133,7 +133,7 @@ def test_bounds_in_float64_train_as_others_do(own_file):
 
 
 @pytest.mark.parametrize("kind, word", [
-    ("int", "0, 10, (1,), int64"), ("huge", "e+38"), ("wide", "1.e+06"), ("locked", "0.0, 0.0"),
+    ("nested", "Dict('a'"), ("int", "int64"), ("huge", "e+38"), ("wide", "1.e+06"), ("locked", "0.0, 0.0"),
 ])  # fmt: skip
 def test_actions_that_do_not_fill_two_bounds_are_refused_before_a_run(own_file, kind, word):
     assert word in refusal(main, own_file(kind)) and not Path("runs").exists()

@@ -103,8 +103,10 @@ def test_antmaze_has_its_rewards_and_nested_observations_back(place, monkeypatch
     assert set(episode.rewards) == {0.0}
     lengths = {name: len(x) for name, x in episode.observations.items()}
     assert lengths == {"achieved_goal": 41, "desired_goal": 41, "observation": 41}
-    rewards = dmg_offline.load_dataset(dmg_offline.Args(env_id="my/antmaze/replay-v0"))[2]
-    assert rewards.tolist() == [-1.0] * 40
+    for name in [name for name in gym.registry if "AntMaze" in name]:
+        monkeypatch.delitem(gym.registry, name)  # as in a new process
+    monkeypatch.delitem(collect.sys.modules, "gymnasium_robotics")
+    assert {*dmg_offline.load_dataset(dmg_offline.Args(env_id="my/antmaze/replay-v0"))[2].tolist()} == {-1.0}
 
 
 def test_what_cannot_be_done_is_said_and_writes_nothing(td3, place, capsys):

@@ -79,7 +79,7 @@ def test_defaults_by_dataset_are_those_of_the_paper(env_id, path, nu, expected, 
 
 
 @pytest.mark.parametrize("name, value", [
-    ("lam", 1.5), ("lam", nan), ("nu", -1.0), ("expectile", 1.1), ("gamma", 1.1), ("batch_size", 0),
+    ("lam", 1.5), ("gamma_online", 1.1), ("nu", -1.0), ("expectile", 1.1), ("gamma", 1.1), ("batch_size", 0),
     ("eval_episodes", 0), ("target_update_rate", 1.1), ("max_weight", 0.0), ("noise_clip", nan), ("seed", -1),
     ("gradient_steps", -1), ("policy_frequency", 0), ("learning_rate", -1e-3), ("lam_end", 2.0),
 ])  # fmt: skip
@@ -108,38 +108,41 @@ def test_bad_arguments_are_one_sentence_exit_code_2_and_no_run(cli, script, line
     assert code == 2 and words in out and "Traceback" not in out and folder is None, out
 
 
-TAGS = """charts/SPS charts/actor_learning_rate eval/episodic_length eval/episodic_return losses/actor_loss
-    losses/advantage_weight losses/critic_loss losses/q_values losses/v_values losses/value_loss"""
+TAGS = "eval/episodic_length eval/episodic_return losses/actor_loss losses/critic_loss losses/q_values"
+IN_SAMPLE = "charts/actor_learning_rate losses/advantage_weight losses/v_values losses/value_loss"
 
 
 @pytest.mark.parametrize("env_id, scored", [("Hopper-v4", False), ("hopper-medium-v2", True)])
-def test_what_a_run_leaves_and_prints(cli, env_id, scored):
-    code, out, folder = cli(f"{SMALL} --env-id {env_id}")
-    assert code == 0 and re.fullmatch(rf"{env_id}__dmg_offline__0__\d{{19}}", folder.name), out
+@pytest.mark.parametrize("script", ["dmg_offline", "iql", "td3bc"])
+def test_what_a_run_leaves_and_prints(cli, script, env_id, scored):
+    code, out, folder = cli(f"{SMALL} --env-id {env_id} --eval-episodes 2", script)
+    assert code == 0 and re.fullmatch(rf"{env_id}__{script}__0__\d{{19}}", folder.name), out
     record = json.loads((folder / "args.json").read_text())
-    assert record.pop("script") == hashlib.sha256((ROOT / "dmg_offline.py").read_bytes()).hexdigest()
+    assert record.pop("script") == hashlib.sha256((ROOT / f"{script}.py").read_bytes()).hexdigest()
     assert sorted(record.pop("versions")) == ["gymnasium", "minari", "mujoco", "torch"]
-    assert record.keys() == {field.name for field in dataclasses.fields(Args)} and record["nu"] == 0.1
+    assert record.keys() == {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
     header, *rows = (folder / "eval.csv").read_text().splitlines()
     rows = [[float(x) for x in row.split(",")] for row in rows]
     assert header == "step,return_mean,return_std,normalized_score,length_mean"
     assert [row[0] for row in rows] == [0, 10, 20]
     events = EventAccumulator(str(folder)).Reload()
-    assert {*events.Tags()["scalars"]} == {*TAGS.split(), *["eval/normalized_score"] * scored}
+    tags = f"{TAGS} charts/SPS {'losses/bc_loss' if script == 'td3bc' else IN_SAMPLE}".split()
+    assert {*events.Tags()["scalars"]} == {*tags, *["eval/normalized_score"] * scored}
     for tag, k in {"eval/episodic_return": 1, "eval/episodic_length": 4, "eval/normalized_score": 3}.items():
         values = [e.value for e in events.Scalars(tag)] if scored or k != 3 else [nan] * 3
         assert values == pytest.approx([row[k] for row in rows], rel=1e-6, nan_ok=True)
     last = "step 20: return {:.1f} +- {:.1f}".format(*rows[-1][1:3]) + f", score {rows[-1][3]:.1f}" * scored
     assert f" {folder}: {last} " in out
-    _, out, _ = cli(f"--resume {folder} --gradient-steps 30 --nu 3")  # flags beside it replace the saved ones
+    assert rows[-1][2] > 0 and all(event.value > 1 for event in events.Scalars("charts/SPS"))
+    _, out, _ = cli(f"--resume {folder} --gradient-steps 30 --gamma 0.5", script)  # new flags replace old
     assert re.findall(r"step (\d+): return", out) == ["30", "30"]
     after = json.loads((folder / "args.json").read_text())
-    assert after.items() >= (record | {"gradient_steps": 30, "nu": 3}).items()
+    assert after.items() >= (record | {"gradient_steps": 30, "gamma": 0.5}).items()
 
 
 @SCRIPTS
 def test_divergence_raises_is_recorded_and_keeps_the_last_good_checkpoint(script, cli):
-    line = f"{SMALL} --env-id Hopper-v4 --learning-rate 1e30"
+    line = f"{SMALL} --env-id Hopper-v4 --learning-rate 100"
     line = line.replace("gradient", "offline") + " --online-steps 0" if script == FINETUNE else line
     with pytest.raises(FloatingPointError, match=r"diverged at step 10.* runs/.*loss"):
         cli(line, script)

@@ -1,13 +1,12 @@
-"""Whatever is in a file or an argument: it is trained on in finite numbers, or refused."""
+"""Whatever is in a file: it is loaded in finite numbers, or refused."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import d4rl_arrays, write_hdf5
 
-from dmg_offline import Agent, Args, load_dataset, update
+from dmg_offline import Args, load_dataset
 
 REFUSED = ValueError, KeyError, IndexError, TypeError, OSError  # ours, numpy's and h5py's
 NUMBERS = [np.nan, np.inf, -1e300, 1e38, 1e9, 2, 0.5, -1]
@@ -20,7 +19,7 @@ DAMAGE = {  # column of 40 rows, random numbers -> another column
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_any_file_and_any_arguments_are_trained_on_in_finite_numbers_or_refused(tmp_path):
+def test_any_file_is_loaded_in_finite_numbers_or_refused(tmp_path):
     rng, loaded = np.random.default_rng(0), 0
     for kind in ["gone", "cut", *DAMAGE] * 25:
         x = d4rl_arrays(40, 3, 1) | {"next_observations": rng.normal(size=(40, 3))}
@@ -29,14 +28,11 @@ def test_any_file_and_any_arguments_are_trained_on_in_finite_numbers_or_refused(
         path = Path(write_hdf5(tmp_path / "x.hdf5", x))
         if kind == "cut":
             path.write_bytes(path.read_bytes()[: rng.integers(9000)])
-        arguments = {"lam": rng.choice([0, 0.5, 1, 2]), "in_sample": rng.choice(["iql", "xql", "sql"])}
-        arguments["nu"] = rng.choice([0, 1e9, -1, np.nan], p=[0.6, 0.2, 0.1, 0.1])
         try:
-            dataset = load_dataset(args := Args("Pendulum-v1", str(path), **arguments))
+            dataset = load_dataset(Args("Pendulum-v1", str(path)))
         except REFUSED:
             continue
         assert all(c.isfinite().all() and len(c) == len(dataset[0]) > 0 for c in dataset), (kind, key)
         assert dataset[4].unique().numel() <= 2 and dataset[1].abs().max() < 1.01, (kind, key)
-        update(Agent(3, 1, args), [c[:8] for c in dataset], torch.zeros(8, 1), args, True)
         loaded += 1
-    assert 30 < loaded < 120
+    assert 50 < loaded < 120

@@ -109,7 +109,7 @@ def test_reward_scale_splits_trajectories_where_they_end():
     assert scale(s + 1 + jump, never) == pytest.approx(1000 / 18)  # 1 + 2 + 4, 8 + 17
     assert scale(s + 1, ended) == pytest.approx(1000 / 26)  # 1 + 2, 4 + 8 + 17: without a jump
     assert scale(s + 1, never) == 1  # one trajectory has no spread
-    assert "all rows in order" in refusal(scale, s + 1 + 9 * (s % 17 == 5), never)  # every 17th row is missing
+    assert "all rows in order" in refusal(scale, s + 1 + 9 * (s % 17 == 5), never)  # rows missing
 
 
 def test_rewards_are_not_scaled_where_returns_differ_by_rounding_alone(capsys):

@@ -103,7 +103,7 @@ def test_rliable_recomputed():
     assert 90 <= numbers.low["DMG"] < 100 < numbers.high["DMG"] <= 110
 
 
-def test_pictures_show_every_curve_in_a_colour_of_its_own_with_units_and_a_cross(by_hand):
+def test_pictures_show_every_curve_in_a_color_of_its_own_with_units_and_a_cross(by_hand):
     (axis,) = by_hand[1]["d4rl-v2-1000000-gradient-steps"].axes
     lines = {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
     assert lines.pop("DMG").get_xydata().tolist() == [[500_000, 1], [MILLION, 100]]  # of the table's seeds
@@ -137,7 +137,7 @@ def test_run_folders_and_kept_copies_of_them_become_the_same_rows(tmp_path, monk
     assert steps == {"good.hdf5": [0, 10, 20], "bad.hdf5": [0, 10]} and set(data.algorithm) == {"DMG"}
     flags = set(data["flags"].iloc[0].split())
     assert flags >= {"gamma=0.99", "batch_size=8"} and not flags & {"compile=False", "lam=0.25"}
-    runs = evaluations.summarise_runs(data).set_index("dataset")
+    runs = evaluations.summarize_runs(data).set_index("dataset")
     assert runs.state.to_dict() == {"good.hdf5": "finished", "bad.hdf5": "diverged"}
     assert runs.steps_per_second["good.hdf5"] > 0 and not np.isnan(runs.q_values["good.hdf5"])
     for path in Path("runs").glob("*/eval.csv"):
@@ -156,8 +156,8 @@ def test_run_folders_and_kept_copies_of_them_become_the_same_rows(tmp_path, monk
     pd.testing.assert_frame_equal(kept(text)[names], original, check_dtype=False)
     assert set(kept(text, script="0" * 64).script) == {"00000000"} != set(original.script)
     for name, change in {"copy": {"exp_name": "copy", "x": (1, 2)}, "TD3": {"from_scratch": True}}.items():
-        runs = evaluations.summarise_runs(kept(text, **change, dataset_path="/data/a/b.hdf5"))
-        (cell,) = evaluations.summarise_cells(runs).itertuples()
+        runs = evaluations.summarize_runs(kept(text, **change, dataset_path="/data/a/b.hdf5"))
+        (cell,) = evaluations.summarize_cells(runs).itertuples()
         assert (cell.algorithm, cell.dataset, *runs.run) == (name, "a/b.hdf5", "kept/a")
     for name in ("normalize_states", "exp_name", "versions", "script"):  # as an older version wrote it
         del saved[name]

@@ -33,7 +33,7 @@ def test_policies_are_rolled_out_and_drawn(tmp_path, monkeypatch):
     assert plt.imread(tmp_path / "v.png").std() > 0.05
 
 
-def test_the_committed_pictures_say_what_the_documents_say(monkeypatch):
+def test_the_picture_of_goals_says_what_the_documents_say(monkeypatch):
     figures = []
     monkeypatch.setattr(plt.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     d4rl.draw_goals("goals.png")
