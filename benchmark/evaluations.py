@@ -57,7 +57,7 @@ def read_run(path):
     csv = path.with_suffix(".csv") if kept else path.with_name("eval.csv")
     args = json.loads(path.read_text())
     data = pd.DataFrame({"step": [], "return_mean": []})
-    if csv.exists():
+    if csv.exists() and csv.stat().st_size:
         data = pd.read_csv(csv, float_precision="round_trip")  # "None", an older run's, is NaN
     # a resumed run does steps again: a row replaces those above it of its own and of later steps
     data = data[data.step < data.step[::-1].cummin()[::-1].shift(-1, fill_value=np.inf)]
@@ -69,9 +69,10 @@ def read_run(path):
     data = pd.concat([data, pd.DataFrame({"step": sorted(diverged), "diverged": 1})])
     script = next((script for key, script in SCRIPTS.items() if key in args), "td3bc")
     if args.get("in_sample") == "iql":
-        args.pop("in_sample_temperature")  # not in use
-    if args.get("normalize_states") == (script != "iql" and not is_antmaze(args["env_id"])):
-        args.pop("normalize_states")  # the default, which older versions did not write
+        args.pop("in_sample_temperature", None)  # not in use
+    default = script != "iql" and not is_antmaze(args["env_id"]) and not args.get("from_scratch")
+    if args.get("normalize_states") == default:
+        args.pop("normalize_states")  # which older versions did not write
     online = args.get("online_steps", 0)
     offline = args.get("gradient_steps", args.get("offline_steps"))
     data["algorithm"] = algorithm(args, script)
@@ -98,8 +99,8 @@ def collect(sources):
             earlier = pd.read_csv(source, float_precision="round_trip", dtype=dict.fromkeys(CELL[:4], str))
             found.append(earlier.reindex(columns=COLUMNS))
         for path in sorted(source.rglob("*.json")):
-            if path.name != "args.json" and not path.with_suffix(".csv").exists():
-                continue
+            if not path.stat().st_size or not (path.name == "args.json" or path.with_suffix(".csv").exists()):
+                continue  # of a full disk, or of no run
             try:
                 found.append(read_run(path))
             except (ValueError, KeyError, TypeError) as error:
@@ -127,8 +128,8 @@ def summarize_runs(data):
         evaluated = run[run.diverged == 0]
         # without reference returns there is no score
         score = evaluated.normalized_score.fillna(evaluated.return_mean)
-        row |= {"state": "unfinished", "step": 0, "score": np.nan}
-        row["raw"] = evaluated.normalized_score.isna().all()
+        raw = evaluated.normalized_score.isna().all()
+        row |= {"state": "unfinished", "step": 0, "score": np.nan, "raw": raw}
         if len(evaluated):
             row |= dict(evaluated[["step", "q_values", "steps_per_second"]].iloc[-1])
             row["score"] = score.iloc[-1]
@@ -144,14 +145,18 @@ def summarize_runs(data):
 
 
 def paper_values(cell):
-    """The numbers of App. C.1 and of TD3+BC's paper that are likely to be changed."""
+    """Numbers of App. C.1 and TD3+BC's paper, likely to be changed; read_run drops C.1's normalize_states."""
     words = re.findall("[a-z]+", f"{cell.env_id} {Path(cell.dataset).name}".lower())
-    found = {"nu": 10 if "expert" in words else 0.1, "expectile": 0.7, "inverse_temperature": 3.0}
+    expert = "expert" in words
+    found = {"nu": 10 if expert else 0.1, "expectile": 0.7, "inverse_temperature": 3.0, "eval_episodes": 10}
     if is_antmaze(cell.env_id):
-        found |= {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0}
+        found = {"nu": 0.5, "expectile": 0.9, "inverse_temperature": 10.0, "eval_episodes": 100}
     found |= {"lam": 0.25, "alpha": 2.5, "gamma": 0.99, "learning_rate": 3e-4, "batch_size": 256}
     found |= {"policy_frequency": 2, "policy_noise": 0.2, "noise_clip": 0.5, "target_update_rate": 0.005}
-    return found if cell.gradient_steps else {}  # TD3 from scratch has its own
+    found |= {"lam_end": 0.5, "nu_end": 0.005, "exploration_noise": 0.1, "normalize_states": "as in C.1"}
+    found["gamma_online"] = 0.995 if {"antmaze", "large"} <= {*words} else 0.99
+    found["in_sample_temperature"] = 2.0 if "in_sample=sql" in cell["flags"] and not expert else 5.0
+    return found if cell.gradient_steps else found | {"lam": 1, "nu": 0, "lam_end": 1.0, "nu_end": 0.0}  # TD3
 
 
 def settings(cell, first):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that is measured on a GPU, in six minutes: bash benchmark/gpu.sh FOLDER. Without JAX its rows are missing.
-set -eu
+set -euo pipefail
 folder=${1:-gpu}
 mkdir -p "$folder"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # JAX would take the memory of the others

@@ -34,15 +34,14 @@ PAPER_HEADING = {"D4RL v2": "paper", "D4RL made again": "paper, original data, 1
 
 @dataclasses.dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs at any depth, earlier evaluations.csv
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs at any depth (no links), evaluations.csv
     folder: Path = Path("report")  # where the report goes
     bootstrap_samples: int = 2000  # samples of rliable's stratified bootstrap
 
 
 def in_order(names):
     """Labels in the order of STYLES, others behind."""
-    known = [name for name in STYLES if name in set(names)]
-    return known + sorted(set(names) - set(known))
+    return [name for name in STYLES if name in set(names)] + sorted({*names} - {*STYLES})
 
 
 def styles_of(cells):
@@ -51,7 +50,6 @@ def styles_of(cells):
     return STYLES | {x: (hsv_to_rgb(k / len(others), 0.9, 0.75), "-") for k, x in enumerate(others)}
 
 
-# ---- tables ----
 def score_text(cell, mean="mean", std="std"):
     """Mean ± deviation and, in brackets, the number of seeds and what is not as it should be."""
     number = "-" if np.isnan(cell[mean]) else f"{cell[mean]:.1f}"
@@ -114,7 +112,6 @@ def markdown(table):
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-# ---- figures ----
 def draw_cell(axis, cell, data, runs, style):
     """A curve: mean over the score's seeds, shaded the sample deviation; a cross where one diverged."""
     own, rows = of_cell(runs, cell), of_cell(data, cell)
@@ -166,7 +163,6 @@ def curves(data, runs, part, styles, path):
     return f"![{path.stem}]({path.name})\n"
 
 
-# ---- rliable ----
 def seed_scores(part, runs):
     """{label: (seeds, sets)}, and the sets: those on which every label has two finished seeds."""
     part = part[(part.n > 1) & ~part.raw & (part.settings == "")]

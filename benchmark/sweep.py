@@ -66,7 +66,8 @@ class Run:
         if not self.attempts:
             return "not begun"
         code, error = self.attempts[-1]["exit_code"], self.attempts[-1].get("error") or ""
-        known = code == 1 and "cannot download" not in error and ERRORS.get(error.split(":")[0])
+        download = re.search("cannot download|No data found", error)  # Minari's: another run downloads it
+        known = code == 1 and not download and ERRORS.get(error.split(":")[0])
         return STATES.get(code) or known or f"failed ({code})"
 
     @property
@@ -149,9 +150,7 @@ def attempt(run, threads, sees_gpu):
             return
         attempts = [*run.attempts, {"node": node, "began": time.strftime("%F %T"), "exit_code": None}]
         checkpoints = sorted(run.folder.glob("runs/*/checkpoint.pt"))
-        command = run.command
-        if checkpoints:
-            command = [*command[:2], "--resume", str(checkpoints[-1].parent)]
+        command = [*run.command[:2], "--resume", str(checkpoints[-1].parent)] if checkpoints else run.command
         print(f"\n$ {shlex.join(command)}", file=log, flush=True)
         start = log.tell()
         environment = os.environ | PLACES | {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "60"}
@@ -175,9 +174,8 @@ def sweep(args, runs):
     def start(run):
         pending[remote.remote(run, max(1, int(args.cpus_per_run)), args.gpus_per_run > 0)] = run
 
-    for run in runs:
-        if run.state not in DONE:
-            start(run)
+    for run in (run for run in runs if run.state not in DONE):
+        start(run)
     while pending:
         (ended,), _ = ray.wait(list(pending))
         run = pending.pop(ended)

@@ -108,8 +108,8 @@ def start_process(args, name):
     command = [sys.executable, __file__, "--serve", name, "--steps", str(args.steps)]
     command += ["--threads", str(args.threads), "--processes", str(args.processes)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe)
 
 
 def main(args):

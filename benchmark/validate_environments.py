@@ -38,6 +38,7 @@ class Args:
 def roll_out(args):
     """Write the CSV file, a row for each policy and environment."""
     published = json.loads(Path(args.policies, "published_returns.json").read_text())
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
     lines = [COLUMNS]
     for name in args.names or sorted(published):
         weights, rng = d4rl.read_policy(args.policies, name), np.random.default_rng(0)

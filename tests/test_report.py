@@ -53,7 +53,7 @@ def by_hand(tmp_path_factory):
     runs += [a_run(0, {MILLION: 80.0}, **online | again)]  # at the hand-over
     runs += [a_run(0, {MILLION: 5.0}, steps=0, **online | {"algorithm": "TD3", "lam": 1.0, "nu": 0.0})]
     runs += [a_run(0, {10: np.nan}, env_id="Ant-v5", steps=10, return_mean=3000.0, lam=0.5)]
-    lone = {"env_id": "walker2d-medium-v2", "flags": "batch_size=512 inverse_temperature=3.0"}
+    lone = {"env_id": "walker2d-medium-v2", "flags": "batch_size=256 lam_end=1.0 normalize_states=False"}
     runs += [a_run(0, {7: 7.0}, steps=7, **lone)]
     folder, figures = tmp_path_factory.mktemp("report"), {}
     data = pd.DataFrame([row for rows in runs for row in rows]).reindex(columns=COLUMNS)
@@ -73,7 +73,7 @@ def test_cells_are_means_of_finished_seeds_beside_the_papers_score(by_hand):
     assert f"| hopper-medium-v2 | {dmg} {others}" in text and "DMG (script" not in text
     row = "| antmaze-umaze-v2 | 90.5 ± 0.7 (2 seeds) | 92.4 | 95.5 ± 0.7 (2 seeds) | 93.4 |"
     assert row in text and "| Ant-v5 lam=0.5 | 3000.0 (1 seed, raw) |" in text
-    assert "| walker2d-medium-v2 batch_size=512 | 7.0 (1 seed) |" in text  # a lone one is named too
+    assert "| walker2d-medium-v2 lam_end=1.0 normalize_states=False | 7.0 (1 seed) |" in text  # a lone one
     assert "| antmaze-umaze-v2 | 5.0 (1 seed) | 0.0 |" in text  # TD3's lam 1 and nu 0 are its own
     # other settings have rows of their own, without the paper's score
     found = re.findall(r"^\| hopper-medium-v2(.*)", text.split("## Everything")[0], re.M)
