@@ -560,7 +560,7 @@ def main(args):
         checkpoint = torch.load(f"{args.resume}/checkpoint.pt", map_location="cpu")
         so_far = checkpoint["step"]
         if so_far > args.gradient_steps or "online" in checkpoint:
-            raise ValueError(f"{args.resume} has done {so_far} steps, more than gradient_steps or online")
+            raise ValueError(f"{args.resume} has done {so_far} steps: above gradient_steps, or online ones")
         first_step = so_far + 1
         agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
