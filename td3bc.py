@@ -77,35 +77,6 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
         fill_and_check(self, defaults, at_least_one, ("gamma", "target_update_rate"))
 
 
-# ---- arguments: the same in all four scripts ----
-def is_antmaze(args):  # antmaze-umaze-v2, gymnasium_robotics:AntMaze_UMaze-v5; not its dense rewards
-    return "antmaze" in re.findall("[a-z]+(?!.*dense)", args.env_id.lower())
-
-
-def is_environment(env_id):
-    return ":" in env_id or env_id in gym.registry  # gym.make imports the module of module:Env-v0
-
-
-def fill_and_check(args, defaults, at_least_one, unit_interval, needs_data=True):
-    """Set what is None. Raises ValueError for what cannot work: tyro shows it without a traceback."""
-    for name, value in vars(args).items():
-        value = defaults.get(name) if value is None else value
-        low = 1 if name in at_least_one else 0
-        high = 1 if name in unit_interval else math.inf
-        if isinstance(value, int | float) and not low <= value <= high:
-            raise ValueError(f"{name} must be in [{low}, {high}], not {value}")
-        setattr(args, name, value)
-    for file in (args.dataset_path, args.resume and f"{args.resume}/checkpoint.pt"):
-        if file and not Path(file).is_file():
-            raise ValueError(f"there is no file {file}")
-    if is_environment(args.env_id):
-        if needs_data and not args.dataset_path:
-            raise ValueError(f"{args.env_id} is an environment: give its data with --dataset-path")
-    elif not ("/" in args.env_id or args.env_id in D4RL_FILES or args.env_id in minari.list_local_datasets()):
-        nearest = difflib.get_close_matches(args.env_id, [*D4RL_FILES, *gym.registry], 1, 0)[0]
-        raise ValueError(f"no D4RL name, Minari id or environment is {args.env_id}: is it {nearest}?")
-
-
 # ---- networks and optimizer: the same in all four scripts ----
 def mlp(n_in, n_out):
     hidden = nn.Linear(n_in, 256), nn.ReLU(inplace=True), nn.Linear(256, 256), nn.ReLU(inplace=True)
@@ -199,6 +170,35 @@ def update(agent, batch, noise, args, update_actor):
                     target_parameter.lerp_(parameter, args.target_update_rate)
         metrics |= {"actor_loss": actor_loss, "bc_loss": bc_loss}
     return {name: value.detach() for name, value in metrics.items()}
+
+
+# ---- arguments: the same in all four scripts ----
+def is_antmaze(args):  # antmaze-umaze-v2, gymnasium_robotics:AntMaze_UMaze-v5; not its dense rewards
+    return "antmaze" in re.findall("[a-z]+(?!.*dense)", args.env_id.lower())
+
+
+def is_environment(env_id):
+    return ":" in env_id or env_id in gym.registry  # gym.make imports the module of module:Env-v0
+
+
+def fill_and_check(args, defaults, at_least_one, unit_interval, needs_data=True):
+    """Set what is None. Raises ValueError for what cannot work: tyro shows it without a traceback."""
+    for name, value in vars(args).items():
+        value = defaults.get(name) if value is None else value
+        low = 1 if name in at_least_one else 0
+        high = 1 if name in unit_interval else math.inf
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise ValueError(f"{name} must be in [{low}, {high}], not {value}")
+        setattr(args, name, value)
+    for file in (args.dataset_path, args.resume and f"{args.resume}/checkpoint.pt"):
+        if file and not Path(file).is_file():
+            raise ValueError(f"there is no file {file}")
+    if is_environment(args.env_id):
+        if needs_data and not args.dataset_path:
+            raise ValueError(f"{args.env_id} is an environment: give its data with --dataset-path")
+    elif not ("/" in args.env_id or args.env_id in D4RL_FILES or args.env_id in minari.list_local_datasets()):
+        nearest = difflib.get_close_matches(args.env_id, [*D4RL_FILES, *gym.registry], 1, 0)[0]
+        raise ValueError(f"no D4RL name, Minari id or environment is {args.env_id}: is it {nearest}?")
 
 
 # ---- data: the same in all four scripts ----
