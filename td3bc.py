@@ -44,7 +44,7 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
     dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
-    normalize_states: bool | None = None  # yes, by the first data's mean and std, which stay; AntMaze, IQL no
+    normalize_states: bool | None = None  # yes, by the first data's mean and std, then kept; AntMaze, IQL: no
     # ---- TD3+BC ----
     gradient_steps: int = 1_000_000  # iterations of the update
     alpha: float = 2.5  # weight of Q / mean|Q| beside the behavior cloning term (alpha)
@@ -98,8 +98,8 @@ class TwinCritic(nn.Module):
 
 def adam(net, args):  # to be used with minimize alone: a plain backward() would add to what is in .grad
     for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # its place: a CUDA graph knows no other
-    lr = torch.tensor(args.learning_rate)  # a CUDA graph would freeze a number; on the device that main sets
+        parameter.grad = torch.zeros_like(parameter)  # allocated once: CUDA graphs keep its address
+    lr = torch.tensor(args.learning_rate)  # not a number, which CUDA graphs freeze; on the default device
     return torch.optim.Adam(net.parameters(), lr, fused=not args.compile, capturable=lr.is_cuda)
 
 
@@ -125,7 +125,7 @@ class Agent(nn.Module):
         self.register_buffer("std", torch.ones(state_dim))
         self.actor_optimizer = adam(self.actor, args)
         self.critic_optimizer = adam(self.critic, args)
-        self.optimizers = self.actor_optimizer, self.critic_optimizer
+        self.optimizers = self.actor_optimizer, self.critic_optimizer  # saved by main
 
     def normalize(self, observations):
         """Observations of the environment as the networks see them, both (n, state_dim)."""
@@ -140,7 +140,7 @@ class Agent(nn.Module):
 def update(agent, batch, noise, args, update_actor):
     """One iteration of TD3+BC. noise: (B, action_dim), standard normal. Returns detached scalars.
 
-    CUDA graphs and --compile freeze args' numbers: one that changes must be a tensor, filled in place.
+    CUDA graphs and --compile freeze args' numbers (one that changes: a tensor, filled in place); no .item().
     """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
@@ -182,7 +182,7 @@ def is_environment(env_id):
 
 
 def fill_and_check(args, defaults, at_least_one, unit_interval, needs_data=True):
-    """Set what is None. Raises ValueError for what cannot work: tyro shows it without a traceback."""
+    """Set what is None. Raises ValueError (tyro: no traceback) for what cannot work, numbers below 0 too."""
     for name, value in vars(args).items():
         value = defaults.get(name) if value is None else value
         low = 1 if name in at_least_one else 0
@@ -321,7 +321,7 @@ def load_dataset(args):
     if is_antmaze(args):
         terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
         r = r - 1  # 0 at the goal, -1 elsewhere
-    next_s[terminated == 1] = 0  # in columns too; not used, often NaN
+    next_s[terminated == 1] = 0  # in columns too; often NaN: a copy that learns from next_s must skip these
     if not rows or not all(np.isfinite(x).all() for x in columns):
         raise ValueError(f"{name} has no transitions, or numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
