@@ -193,7 +193,7 @@ class Agent(nn.Module):
 def update(agent, batch, noise, args, update_actor):
     """One iteration of Algorithm 1. noise: (B, action_dim), standard normal. Returns detached scalars.
 
-    CUDA graphs and --compile freeze args' numbers (one that changes: a tensor, filled in place); no .item().
+    CUDA graphs and --compile allow no .item() here and freeze args' numbers: fill a tensor in place instead.
     """
     s, a, r, next_s, terminated = batch  # (B, state), (B, action), (B,), (B, state), (B,)
 
