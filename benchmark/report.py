@@ -58,7 +58,7 @@ def score_text(cell, mean="mean", std="std"):
     notes = ["1 seed" if cell.n == 1 else f"{cell.n} seeds"]
     if cell.n and (cell["data"] == "D4RL made again" or cell.step != cell.length + cell.online_steps):
         steps = cell.gradient_steps if mean == "handed_over" else cell.step
-        notes.append(f"after {steps:,.0f} steps")
+        notes.append(f"{steps:,.0f} steps")
     if cell.unfinished and not cell.step < cell.gradient_steps + cell.online_steps:
         notes.append(f"{cell.unfinished} unfinished")
     if cell.diverged:

@@ -85,12 +85,12 @@ def test_cells_are_means_of_finished_seeds_beside_the_papers_score(by_hand):
 def test_d4rl_made_again_has_tables_of_its_own_whose_heading_names_the_original(by_hand):
     part = by_hand[0].split("## D4RL made again\n")[1].split("\n## ")[0]
     assert part.count(" (paper, original data, 1M steps) |") == 3
-    ours, iql = "96.0 (1 seed, after 350,000 steps)", "97.0 (1 seed, after 500,000 steps, 1 unfinished)"
+    ours, iql = "96.0 (1 seed, 350,000 steps)", "97.0 (1 seed, 500,000 steps, 1 unfinished)"
     ours = f"{ours} | 92.4 ± 1.8 | {iql} | 89.6 |"
     assert f"| antmaze-umaze-v2 (umaze.hdf5) | {ours} - (0 seeds, 1 diverged) | 73.0 |" in part
-    tuned = "| 41.0 (1 seed, after 500 steps) | 92.4 | 65.0 (1 seed, after 600 steps) | 93.4 |"
+    tuned = "| 41.0 (1 seed, 500 steps) | 92.4 | 65.0 (1 seed, 600 steps) | 93.4 |"
     assert "## D4RL made again, 100 online steps\n" in by_hand[0] and tuned in by_hand[0]
-    early = "80.0 (1 seed, after 1,000,000 steps)"
+    early = "80.0 (1 seed, 1,000,000 steps)"
     assert f"| {early} | 92.4 | {early} | 93.4 |" in by_hand[0]
     assert part.count("umaze-v2") == 2 and "| antmaze-umaze-v2 (umaze.hdf5) steps=10 | 1.0 (" in part
     assert "interquartile mean (%)" in by_hand[0] and "interquartile mean (%)" not in part  # of two seeds
