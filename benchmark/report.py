@@ -157,7 +157,7 @@ def curves(data, runs, part, styles, path):
     legends = [axis.get_legend_handles_labels() for axis in axes.flat[: len(sets)]]
     labels = {name: line for lines, names in legends for line, name in zip(lines, names, strict=True)}
     place = {"loc": "outside lower center", "ncols": min(width + 1, len(labels)), "frameon": False}
-    figure.legend(labels.values(), labels, **place)
+    figure.legend(labels.values(), labels, title="shaded: deviation over seeds", **place)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return f"![{path.stem}]({path.name})\n"
