@@ -46,12 +46,12 @@ from tqdm import tqdm
 class Args:  # None: the default in the field's comment, by the dataset; see __post_init__
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
-    dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
+    dataset_path: str | None = None  # your HDF5 file in D4RL's schema; with a D4RL name, instead of its file
     normalize_states: bool | None = None  # yes, by the first data's mean and std, then kept; AntMaze, IQL: no
     # ---- DMG, offline then online ----
     offline_steps: int = 1_000_000  # updates on the dataset alone
     online_steps: int = 1_000_000  # environment steps after that, each with an update
-    checkpoint: str | None = None  # DMG agent's run to start from, with its arguments, no online rows
+    checkpoint: str | None = None  # run of DMG to start from: its agent and arguments, not its online rows
     from_scratch: bool = False  # TD3: no dataset or offline steps, raw states, both lam 1, both nu 0
     learning_starts: int | None = None  # first online steps, random, without update: 0, from scratch 25k
     exploration_noise: float = 0.1  # standard deviation of the noise on online actions in [-1, 1]
@@ -59,7 +59,7 @@ class Args:  # None: the default in the field's comment, by the dataset; see __p
     lam_end: float = 0.5  # what lam tends to online, in [0, 1]
     nu_end: float = 0.005  # what nu tends to online
     lam: float = 0.25  # mixture coefficient (lambda), in [0, 1]: share of the target that may generalize
-    nu: float | None = None  # penalty coefficient (nu): 0.1, AntMaze 0.5; 10 where a name has the word expert
+    nu: float | None = None  # penalty coefficient (nu): 0.1; 10 if env_id or file says expert; AntMaze 0.5
     expectile: float | None = None  # expectile of the in-sample maximum (tau), in [0, 1]: 0.7, AntMaze 0.9
     in_sample: Literal["iql", "xql", "sql"] = "iql"  # how V learns the in-sample maximum (Table 3)
     in_sample_temperature: float | None = None  # xql's beta: 5; sql's alpha: 2, on expert data 5
@@ -136,13 +136,13 @@ class TwinCritic(nn.Module):
 
 def adam(net, args):  # to be used with minimize alone: a plain backward() would add to what is in .grad
     for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # allocated once: CUDA graphs keep its address
-    lr = torch.tensor(args.learning_rate)  # not a number, which CUDA graphs freeze; on the default device
+        parameter.grad = torch.zeros_like(parameter)  # once: --compile and CUDA graphs keep its address
+    lr = torch.tensor(args.learning_rate)  # CUDA graphs freeze numbers; it is on main's `with torch.device`
     return torch.optim.Adam(net.parameters(), lr, fused=not args.compile, capturable=lr.is_cuda)
 
 
 def minimize(loss, optimizer):
-    """One step on the optimizer's parameters alone: other networks in the loss get no gradient."""
+    """zero_grad, backward and step for the optimizer's parameters alone: other networks get no gradient."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = torch.autograd.grad(loss, parameters)  # not backward(), which would split a compiled update
     torch._foreach_copy_([parameter.grad for parameter in parameters], gradients)  # in place for a graph
@@ -154,10 +154,11 @@ def in_sample_value_loss(target_q, v, args):
     """Loss that draws V(s), (B,), towards the largest Q'(s, a), (B,), of the data's actions (DMG Eq. 15)."""
     u = target_q - v
     if args.in_sample == "iql":  # expectile
-        return ((args.expectile - (u < 0).to(u.dtype)).abs() * u.square()).mean()
-    if args.in_sample == "xql":  # Gumbel regression, clipped and scaled by its largest term as published
+        return ((args.expectile - (u < 0).to(u)).abs() * u.square()).mean()
+    if args.in_sample == "xql":  # Gumbel regression; z clipped, all divided by e^(largest z), as published
         z = (u / args.in_sample_temperature).clamp(max=7)
-        return ((z.exp() - z - 1) * (-z.max().clamp(min=-1).detach()).exp()).mean()
+        largest = z.max().clamp(min=-1).detach()
+        return ((z.exp() - z - 1) * (-largest).exp()).mean()
     t = u / (2 * args.in_sample_temperature) + 1  # sql
     return (t.clamp(min=0).square() + v / args.in_sample_temperature).mean()
 
@@ -223,6 +224,7 @@ def update(agent, batch, noise, args, update_actor):
         q_pi = agent.critic(s, pi).amin(0)
         with torch.no_grad():
             advantage = target_q - agent.value(s)  # V after its step, unlike v
+            # exp(alpha A), at most max_weight: its exponent is clipped, or exp could overflow
             weight = (args.inverse_temperature * advantage).clamp(max=math.log(args.max_weight)).exp()
         penalty = (weight.unsqueeze(-1) * (pi - a).square()).mean()
         q_scale = q_pi.abs().mean().detach()  # as in TD3+BC
@@ -243,7 +245,8 @@ def actor_learning_rate(step, args):
     """Cosine from learning_rate to 0 over the offline actor updates (Table 5), constant online."""
     progress = 0.0
     if step <= args.offline_steps:
-        progress = (step // args.policy_frequency - 1) * args.policy_frequency / args.offline_steps
+        done = step // args.policy_frequency - 1  # actor updates before this one
+        progress = done * args.policy_frequency / args.offline_steps
     return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -274,7 +277,7 @@ def checkpoint_args(folder):
 
 
 # ---- arguments: the same in all four scripts ----
-def is_antmaze(args):  # antmaze-umaze-v2, gymnasium_robotics:AntMaze_UMaze-v5; not its dense rewards
+def is_antmaze(args):  # the word antmaze, no "dense" behind it: antmaze-umaze-v2, x:AntMaze_UMaze-v5
     return "antmaze" in re.findall("[a-z]+(?!.*dense)", args.env_id.lower())
 
 
@@ -314,7 +317,6 @@ D4RL_MAZES = {  # corner of the goal's area in meters, map of 4 m cells without 
     "medium": ((20, 20), "..##.. ..#... #...## ..#... .#..#. ...#.."),
     "large": ((32, 24), "....#..... .##.#.#.#. ......#... .####.###. ..#.#..... #.#.#.#.## ..#...#..."),
 }
-# each name with the first 8 digits of its file's sha256, from tensorflow_datasets
 D4RL_HASHES = """
     halfcheetah-random-v2:25407aef halfcheetah-medium-v2:41324e84 halfcheetah-medium-replay-v2:48d494a4
     halfcheetah-medium-expert-v2:015db75d halfcheetah-full-replay-v2:27fdf7ea halfcheetah-expert-v2:d9fe53bb
@@ -324,7 +326,7 @@ D4RL_HASHES = """
     walker2d-medium-expert-v2:6b8d7f86 walker2d-full-replay-v2:f2720f9d walker2d-expert-v2:2985dc3d
     antmaze-umaze-v2:5ef15257 antmaze-umaze-diverse-v2:c771dd63 antmaze-medium-play-v2:c9fec1c1
     antmaze-medium-diverse-v2:ad9dcbac antmaze-large-play-v2:6d353df2 antmaze-large-diverse-v2:84f775eb
-"""
+"""  # after each name the first 8 digits of its file's sha256, from tensorflow_datasets
 D4RL_FILES = dict(entry.split(":") for entry in D4RL_HASHES.split())
 
 
@@ -347,7 +349,7 @@ def download_d4rl(name):
 
 
 def read_hdf5(path):
-    """s, a, r, next_s, terminated in D4RL's schema; without next_observations as d4rl.qlearning_dataset."""
+    """s, a, r, next_s, terminated of a file in D4RL's schema, with the rows of d4rl.qlearning_dataset."""
     with h5py.File(path) as file:
         s, a = file["observations"][:], file["actions"][:]
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
@@ -361,7 +363,7 @@ def read_hdf5(path):
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
     lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: AntMaze's success
     if lost:
-        print(f"Warning: {path}: {lost} ends or successes stood at a timeout or last: dropped, as in d4rl")
+        print(f"Warning: {path}: {lost} rows dropped, as in d4rl, are terminal or have reward 1")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
 
@@ -396,7 +398,7 @@ def read_minari(env_id, env):
         raise ValueError(f"{env_id} was recorded in other spaces: {spaces}")
     episodes = []
     for episode in dataset:
-        observations = gym.vector.utils.iterate(space, episode.observations)  # of a Dict, dicts of one row
+        observations = gym.vector.utils.iterate(space, episode.observations)  # of a Dict: a dict for each row
         s = np.stack([gym.spaces.flatten(space, x) for x in observations])
         episodes.append((s[:-1], episode.actions, episode.rewards, s[1:], episode.terminations))
     return [np.concatenate(column) for column in zip(*episodes)]
@@ -422,7 +424,7 @@ def load_dataset(args):
     if is_antmaze(args):
         terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
         r = r - 1  # 0 at the goal, -1 elsewhere
-    next_s[terminated == 1] = 0  # in columns too; often NaN: a copy that learns from next_s must skip these
+    next_s[terminated == 1] = 0  # for the check below; often NaN: a copy learning from next_s must skip these
     if not rows or not all(np.isfinite(x).all() for x in columns):
         raise ValueError(f"{name} has no transitions, or numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
@@ -436,19 +438,19 @@ def load_dataset(args):
 
 # ---- environments: the same in all four scripts ----
 def legacy_physics(model, xml):
-    """MuJoCo 2.1.0's masses of capsules, without which D4RL's agents fall, and distances of contacts."""
+    """MuJoCo 2.1.0's masses of capsules (with others D4RL's agents fall) and its distances of contacts."""
     spec = mujoco.MjSpec.from_file(xml)
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # was a cylinder, longer by half a radius at each end
             stock = model.geom(geom.name)
             radius, half_length, _ = stock.size
             geom.type, geom.size = mujoco.mjtGeom.mjGEOM_CYLINDER, [radius, half_length + radius / 2, 0]
-            geom.pos, geom.quat, geom.fromto[:] = stock.pos, stock.quat, np.nan
+            geom.pos, geom.quat, geom.fromto[:] = stock.pos, stock.quat, np.nan  # else fromto wins
     legacy = spec.compile()
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
         getattr(model, field)[:] = getattr(legacy, field)
     mujoco.mj_setConst(model, mujoco.MjData(model))
-    model.geom_margin[model.geom_bodyid > 0] = 0  # the floor's is enough: 2.1.0 took the larger, 3.5 adds
+    model.geom_margin[model.geom_bodyid > 0] = 0  # the floor's alone: 2.1.0 took the larger, 3.5 the sum
 
 
 class D4RLAntMaze(ant_v5.AntEnv):
@@ -569,13 +571,14 @@ def accelerate(agent, args):
 
     def replay_graph(batch, noise, update_actor):
         calls[update_actor] += 1
-        if calls[update_actor] < 6:  # the first ones load libraries and make Adam's state
+        if calls[update_actor] < 6:  # the first five of each kind load libraries and make Adam's state
             return learn(batch, noise, update_actor)
         if update_actor not in graphs:
             inputs = copy.deepcopy([*batch, noise])
+            *own_batch, own_noise = inputs
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                metrics = learn(inputs[:-1], inputs[-1], update_actor)  # recorded, not run
+                metrics = learn(own_batch, own_noise, update_actor)  # recorded, not run
             graphs[update_actor] = graph, inputs, metrics
         graph, inputs, metrics = graphs[update_actor]
         torch._foreach_copy_(inputs, [*batch, noise])
@@ -640,11 +643,12 @@ def main(args):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # several stall on a busy CPU
     torch.manual_seed(args.seed)
-    device, device_module = "cpu", torch  # the second has the generator of batches and noise
+    device, device_module = "cpu", torch  # the second has the random state of batches and noise
     if args.cuda and torch.cuda.is_available():
         device, device_module = "cuda", torch.cuda
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default one
 
+    # environments, data, and the agent, which normalizes states by these data
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     (state_dim,) = envs[0].observation_space.shape
     (action_dim,) = envs[0].action_space.shape
@@ -657,6 +661,7 @@ def main(args):
         std, mean = torch.std_mean(s.double(), 0, correction=0)
         agent.mean.copy_(mean)
         agent.std.copy_(std + 1e-3)
+    # resume, or start from a checkpoint: networks, optimizers and random numbers
     so_far = 0
     total_steps = args.offline_steps + args.online_steps
     source = args.resume or args.checkpoint
@@ -670,8 +675,8 @@ def main(args):
         if so_far > total_steps or online_rows != max(0, so_far - args.offline_steps):
             raise ValueError(f"{source} has done {so_far} steps: give other offline_steps or online_steps")
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
-        if checkpoint["origin"] == f"{device}, seed {args.seed}":  # of its random numbers; else new ones
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # its moments, args' lr
+        if checkpoint["origin"] == f"{device}, seed {args.seed}":  # else new random numbers
             device_module.set_rng_state(checkpoint["random"])
     first_step = so_far + 1 if args.resume else so_far  # a run that is not resumed first evaluates
     dataset = agent.normalize(s), a, r, agent.normalize(next_s), terminated
@@ -682,6 +687,8 @@ def main(args):
     for name in ("lam", "nu", "gamma"):
         setattr(in_force, name, torch.tensor(float(getattr(args, name)), device=device))
     learn = accelerate(agent, in_force)  # update; a CUDA graph or --compile freezes the other numbers
+
+    # run folder: args.json, eval.csv, events of TensorBoard, films
     env_name = re.sub("[/:]", "-", args.env_id)
     folder = Path(args.resume or f"runs/{env_name}__{args.exp_name}__{args.seed}__{time.time_ns()}")
     versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, minari)}
@@ -712,7 +719,7 @@ def main(args):
             for name, value in online_schedule(t, args).items():
                 getattr(in_force, name).fill_(value)
             replay.step(explore(agent, replay.observation, t, args))
-        if step > so_far and not 0 < t <= args.learning_starts:
+        if step > so_far and not 0 < t <= args.learning_starts:  # not while actions are random
             lr = actor_learning_rate(step, args)
             agent.actor_optimizer.param_groups[0]["lr"].fill_(lr)
             index = torch.randint(replay.size, [args.batch_size], device=device)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 class Args:  # None: the default in the field's comment, by the dataset; see __post_init__
     # ---- data: the same in all four scripts ----
     env_id: str = "walker2d-medium-v2"  # D4RL v2 name, Minari id, or the environment of dataset_path
-    dataset_path: str | None = None  # your HDF5 file in D4RL's schema, also in place of a D4RL name's own
+    dataset_path: str | None = None  # your HDF5 file in D4RL's schema; with a D4RL name, instead of its file
     normalize_states: bool | None = None  # yes, by the first data's mean and std, then kept; AntMaze, IQL: no
     # ---- TD3+BC ----
     gradient_steps: int = 1_000_000  # iterations of the update
@@ -98,13 +98,13 @@ class TwinCritic(nn.Module):
 
 def adam(net, args):  # to be used with minimize alone: a plain backward() would add to what is in .grad
     for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # allocated once: CUDA graphs keep its address
-    lr = torch.tensor(args.learning_rate)  # not a number, which CUDA graphs freeze; on the default device
+        parameter.grad = torch.zeros_like(parameter)  # once: --compile and CUDA graphs keep its address
+    lr = torch.tensor(args.learning_rate)  # CUDA graphs freeze numbers; it is on main's `with torch.device`
     return torch.optim.Adam(net.parameters(), lr, fused=not args.compile, capturable=lr.is_cuda)
 
 
 def minimize(loss, optimizer):
-    """One step on the optimizer's parameters alone: other networks in the loss get no gradient."""
+    """zero_grad, backward and step for the optimizer's parameters alone: other networks get no gradient."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = torch.autograd.grad(loss, parameters)  # not backward(), which would split a compiled update
     torch._foreach_copy_([parameter.grad for parameter in parameters], gradients)  # in place for a graph
@@ -173,7 +173,7 @@ def update(agent, batch, noise, args, update_actor):
 
 
 # ---- arguments: the same in all four scripts ----
-def is_antmaze(args):  # antmaze-umaze-v2, gymnasium_robotics:AntMaze_UMaze-v5; not its dense rewards
+def is_antmaze(args):  # the word antmaze, no "dense" behind it: antmaze-umaze-v2, x:AntMaze_UMaze-v5
     return "antmaze" in re.findall("[a-z]+(?!.*dense)", args.env_id.lower())
 
 
@@ -213,7 +213,6 @@ D4RL_MAZES = {  # corner of the goal's area in meters, map of 4 m cells without 
     "medium": ((20, 20), "..##.. ..#... #...## ..#... .#..#. ...#.."),
     "large": ((32, 24), "....#..... .##.#.#.#. ......#... .####.###. ..#.#..... #.#.#.#.## ..#...#..."),
 }
-# each name with the first 8 digits of its file's sha256, from tensorflow_datasets
 D4RL_HASHES = """
     halfcheetah-random-v2:25407aef halfcheetah-medium-v2:41324e84 halfcheetah-medium-replay-v2:48d494a4
     halfcheetah-medium-expert-v2:015db75d halfcheetah-full-replay-v2:27fdf7ea halfcheetah-expert-v2:d9fe53bb
@@ -223,7 +222,7 @@ D4RL_HASHES = """
     walker2d-medium-expert-v2:6b8d7f86 walker2d-full-replay-v2:f2720f9d walker2d-expert-v2:2985dc3d
     antmaze-umaze-v2:5ef15257 antmaze-umaze-diverse-v2:c771dd63 antmaze-medium-play-v2:c9fec1c1
     antmaze-medium-diverse-v2:ad9dcbac antmaze-large-play-v2:6d353df2 antmaze-large-diverse-v2:84f775eb
-"""
+"""  # after each name the first 8 digits of its file's sha256, from tensorflow_datasets
 D4RL_FILES = dict(entry.split(":") for entry in D4RL_HASHES.split())
 
 
@@ -246,7 +245,7 @@ def download_d4rl(name):
 
 
 def read_hdf5(path):
-    """s, a, r, next_s, terminated in D4RL's schema; without next_observations as d4rl.qlearning_dataset."""
+    """s, a, r, next_s, terminated of a file in D4RL's schema, with the rows of d4rl.qlearning_dataset."""
     with h5py.File(path) as file:
         s, a = file["observations"][:], file["actions"][:]
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
@@ -260,7 +259,7 @@ def read_hdf5(path):
             print(f"Warning: {path} marks no timeouts: rows of two episodes may be joined")
     lost = ((terminals == 1) | (r == 1))[~kept].sum()  # r == 1: AntMaze's success
     if lost:
-        print(f"Warning: {path}: {lost} ends or successes stood at a timeout or last: dropped, as in d4rl")
+        print(f"Warning: {path}: {lost} rows dropped, as in d4rl, are terminal or have reward 1")
     return [x[kept] for x in (s, a, r, next_s, terminals)]
 
 
@@ -295,7 +294,7 @@ def read_minari(env_id, env):
         raise ValueError(f"{env_id} was recorded in other spaces: {spaces}")
     episodes = []
     for episode in dataset:
-        observations = gym.vector.utils.iterate(space, episode.observations)  # of a Dict, dicts of one row
+        observations = gym.vector.utils.iterate(space, episode.observations)  # of a Dict: a dict for each row
         s = np.stack([gym.spaces.flatten(space, x) for x in observations])
         episodes.append((s[:-1], episode.actions, episode.rewards, s[1:], episode.terminations))
     return [np.concatenate(column) for column in zip(*episodes)]
@@ -321,7 +320,7 @@ def load_dataset(args):
     if is_antmaze(args):
         terminated = r  # whatever the file says: 1 at the goal, where D4RL's recorded episodes do not end
         r = r - 1  # 0 at the goal, -1 elsewhere
-    next_s[terminated == 1] = 0  # in columns too; often NaN: a copy that learns from next_s must skip these
+    next_s[terminated == 1] = 0  # for the check below; often NaN: a copy learning from next_s must skip these
     if not rows or not all(np.isfinite(x).all() for x in columns):
         raise ValueError(f"{name} has no transitions, or numbers that are not finite")
     a = (a - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
@@ -335,19 +334,19 @@ def load_dataset(args):
 
 # ---- environments: the same in all four scripts ----
 def legacy_physics(model, xml):
-    """MuJoCo 2.1.0's masses of capsules, without which D4RL's agents fall, and distances of contacts."""
+    """MuJoCo 2.1.0's masses of capsules (with others D4RL's agents fall) and its distances of contacts."""
     spec = mujoco.MjSpec.from_file(xml)
     for geom in spec.geoms:
         if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:  # was a cylinder, longer by half a radius at each end
             stock = model.geom(geom.name)
             radius, half_length, _ = stock.size
             geom.type, geom.size = mujoco.mjtGeom.mjGEOM_CYLINDER, [radius, half_length + radius / 2, 0]
-            geom.pos, geom.quat, geom.fromto[:] = stock.pos, stock.quat, np.nan
+            geom.pos, geom.quat, geom.fromto[:] = stock.pos, stock.quat, np.nan  # else fromto wins
     legacy = spec.compile()
     for field in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
         getattr(model, field)[:] = getattr(legacy, field)
     mujoco.mj_setConst(model, mujoco.MjData(model))
-    model.geom_margin[model.geom_bodyid > 0] = 0  # the floor's is enough: 2.1.0 took the larger, 3.5 adds
+    model.geom_margin[model.geom_bodyid > 0] = 0  # the floor's alone: 2.1.0 took the larger, 3.5 the sum
 
 
 class D4RLAntMaze(ant_v5.AntEnv):
@@ -468,13 +467,14 @@ def accelerate(agent, args):
 
     def replay_graph(batch, noise, update_actor):
         calls[update_actor] += 1
-        if calls[update_actor] < 6:  # the first ones load libraries and make Adam's state
+        if calls[update_actor] < 6:  # the first five of each kind load libraries and make Adam's state
             return learn(batch, noise, update_actor)
         if update_actor not in graphs:
             inputs = copy.deepcopy([*batch, noise])
+            *own_batch, own_noise = inputs
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-                metrics = learn(inputs[:-1], inputs[-1], update_actor)  # recorded, not run
+                metrics = learn(own_batch, own_noise, update_actor)  # recorded, not run
             graphs[update_actor] = graph, inputs, metrics
         graph, inputs, metrics = graphs[update_actor]
         torch._foreach_copy_(inputs, [*batch, noise])
@@ -491,7 +491,7 @@ def main(args):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # several stall on a busy CPU
     torch.manual_seed(args.seed)
-    device, device_module = "cpu", torch  # the second has the generator of batches and noise
+    device, device_module = "cpu", torch  # the second has the random state of batches and noise
     if args.cuda and torch.cuda.is_available():
         device, device_module = "cuda", torch.cuda
         torch.cuda.set_stream(torch.cuda.Stream())  # a CUDA graph cannot be captured on the default one
@@ -499,7 +499,7 @@ def main(args):
     envs = [make_env(args) for _ in range(args.eval_episodes)]
     s, a, r, next_s, terminated = load_dataset(args)
     rows, action_dim = a.shape
-    q_limit = 1000 + 10 * r.abs().max().item() / (1.001 - args.gamma)  # ten times any return, and 1000
+    q_limit = 1000 + 10 * r.abs().max().item() / (1.001 - args.gamma)  # of mean Q: 10 times any return + 1000
     with torch.device(device):
         agent = Agent(s.shape[1], action_dim, args)
     if args.normalize_states:
@@ -514,8 +514,8 @@ def main(args):
             raise ValueError(f"{args.resume} has done {checkpoint['step']} steps, more than gradient_steps")
         agent.load_state_dict(checkpoint["agent"])  # with the mean and std that its networks know
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # with args' learning rate
-        if checkpoint["origin"] == f"{device}, seed {args.seed}":  # of its random numbers; else new ones
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # its moments, args' lr
+        if checkpoint["origin"] == f"{device}, seed {args.seed}":  # else new random numbers
             device_module.set_rng_state(checkpoint["random"])
     dataset = [x.to(device) for x in (agent.normalize(s), a, r, agent.normalize(next_s), terminated)]
     learn = accelerate(agent, args)  # update; a CUDA graph or --compile freezes args' numbers

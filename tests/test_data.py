@@ -92,11 +92,11 @@ BOTH = {"terminals": LAST, "timeouts": LAST, "rewards": LAST.astype("f4")}  # su
 
 @pytest.mark.parametrize("columns, stored, said", [
     ({}, False, []), ({"timeouts": None}, True, []), ({"terminals": ALL, "timeouts": NO}, True, []),
-    ({"terminals": ALL, "timeouts": NO}, False, ["1 ends or successes"]),
+    ({"terminals": ALL, "timeouts": NO}, False, ["1 rows dropped"]),
     ({"timeouts": None}, False, ["marks no timeouts"]), ({"timeouts": NO}, False, ["marks no timeouts"]),
-    (BOTH, False, ["20 ends or successes"]), (BOTH, True, ["20 ends"]),
-    (BOTH | {"terminals": NO}, False, ["20 ends"]), (BOTH | {"terminals": LAST[:, None]}, False, ["20 ends"]),
-    (BOTH | {"rewards": BOTH["rewards"][:, None]}, False, ["20 ends"]),
+    (BOTH, False, ["20 rows dropped"]), (BOTH, True, ["20 rows"]),
+    (BOTH | {"terminals": NO}, False, ["20 rows"]), (BOTH | {"terminals": LAST[:, None]}, False, ["20 rows"]),
+    (BOTH | {"rewards": BOTH["rewards"][:, None]}, False, ["20 rows"]),
 ])  # fmt: skip
 def test_what_is_lost_or_may_be_joined_is_said_aloud(capsys, columns, stored, said):
     x = d4rl_arrays(300)
