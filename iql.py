@@ -108,7 +108,7 @@ class TwinCritic(nn.Module):
 def adam(net, args):  # to be used with minimize alone: a plain backward() would add to what is in .grad
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)  # once: --compile and CUDA graphs keep its address
-    lr = torch.tensor(args.learning_rate)  # CUDA graphs freeze numbers; it is on main's `with torch.device`
+    lr = torch.tensor(args.learning_rate)  # CUDA graphs freeze numbers; main's `with torch.device` places it
     return torch.optim.Adam(net.parameters(), lr, fused=not args.compile, capturable=lr.is_cuda)
 
 
@@ -327,7 +327,7 @@ def download_d4rl(name):
 
 
 def read_hdf5(path):
-    """s, a, r, next_s, terminated of a file in D4RL's schema, with the rows of d4rl.qlearning_dataset."""
+    """s, a, r, next_s, terminated in D4RL's schema. Without next_observations: as d4rl.qlearning_dataset."""
     with h5py.File(path) as file:
         s, a = file["observations"][:], file["actions"][:]
         r, terminals = np.ravel(file["rewards"]), np.ravel(file["terminals"])  # some are (N, 1)
